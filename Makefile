@@ -1,0 +1,55 @@
+# `make repro` and `make test` need Python 3.11 or newer, git and a package registry; nothing is activated or
+# installed outside .venv. `make repro GPU=1` takes TensorFlow with CUDA.
+
+ifndef PYTHON
+PYTHON := $(shell command -v python3)
+endif
+ifdef GPU
+LOCK := requirements-gpu.lock
+else
+LOCK := requirements.lock
+endif
+
+# DVC runs the stages with the `python` it finds on PATH.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+READY := .venv/.ready-$(LOCK)
+
+.PHONY: repro test lint format setup lock clean
+
+repro: setup  ## run what changed of the pipeline
+	dvc repro
+
+test: setup  ## run the tests
+	python -m pytest
+
+lint: setup
+	ruff check src stages tests benchmarks
+	ruff format --check src stages tests benchmarks
+	mypy
+
+format: setup
+	ruff check --fix src stages tests benchmarks
+	ruff format src stages tests benchmarks
+
+setup: $(READY)  ## make .venv from the lock file
+
+# uv itself comes first, with its hashes from the same lock file; it installs the rest five times as fast as pip.
+# Compiled at once, 15,000 modules do not slow down the first run of every stage.
+$(READY): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'
+	$(PYTHON) -m venv --clear .venv
+	@sed -n '/^uv==/,/[^\\]$$/p' $(LOCK) > .venv/uv.lock
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.lock
+	.venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --require-hashes -r $(LOCK)
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Resolve anew within pyproject.toml's bounds. No index lines: a lock file must not name a registry's host.
+lock: setup
+	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade \
+	  --python-version 3.11 --extra cpu --group dev pyproject.toml -o requirements.lock
+	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	  --python-version 3.11 --extra gpu --group dev -c requirements.lock pyproject.toml -o requirements-gpu.lock
+
+clean:  ## remove what the pipeline made in the workspace (its cache and MLflow's runs stay)
+	rm -rf data models dvc_plots reports/*.csv reports/*.png reports/data reports/evaluation
