@@ -1,0 +1,182 @@
+"""params.yaml as one frozen, validated object."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from catdog.backbones import get_backbone
+from catdog.errors import CatdogError
+
+
+def _list_to_tuple(value: object) -> object:
+    """Lets a YAML list fill a tuple: strict mode would refuse it, and a frozen object needs the tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Block(BaseModel):
+    """Frozen, without unknown keys, and strict: `epochs: "10"` is a mistake, not a number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DownloadParams(_Block):
+    """How the data set is brought in."""
+
+    sample_images: int = Field(600, ge=2, le=1_000_000, multiple_of=2)
+
+
+Share = Annotated[int | float, Field(gt=0)]
+
+
+class SplitParams(_Block):
+    """What is accepted and how it is split."""
+
+    val: Share = 0.15
+    test: Share = 0.2
+    near_duplicate_bits: int = Field(4, ge=-1, le=16)
+    max_rejected: float = Field(0.05, ge=0, le=1)
+    max_megapixels: float = Field(80, gt=0, le=178)  # Pillow refuses more on its own
+
+    @field_validator("val", "test")
+    @classmethod
+    def _fraction_or_count(cls, value: int | float) -> int | float:
+        if isinstance(value, float) and value >= 1:
+            raise ValueError("must be a fraction below 1 or a whole number of images")
+        return value
+
+
+class PreprocessParams(_Block):
+    """What a stored picture looks like."""
+
+    image_size: int = Field(224, ge=32, le=1024)
+    resize: Literal["stretch", "crop", "pad"] = "stretch"
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    images_per_shard: int = Field(250, ge=1, le=100_000)
+
+
+class EmbedParams(_Block):
+    """How a picture becomes a feature vector."""
+
+    pooling: Literal["avg", "max", "flatten"] = "avg"
+    engine: Literal["auto", "openvino", "keras"] = "auto"
+    batch_size: int = Field(8, ge=1, le=4096)
+
+
+class TrainParams(_Block):
+    """The head and how it is fitted."""
+
+    hidden_units: Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], BeforeValidator(_list_to_tuple)] = ()
+    activation: Literal["relu", "gelu", "elu", "selu", "silu", "tanh"] = "relu"
+    dropout: float = Field(0.2, ge=0, lt=1)
+    output: Literal["auto", "sigmoid", "softmax"] = "auto"
+    optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"
+    learning_rate: float = Field(0.001, gt=0, le=10)
+    l2: float = Field(0.0, ge=0)
+    batch_size: int = Field(64, ge=1, le=65_536)
+    epochs: int = Field(60, ge=1, le=100_000)
+    patience: int = Field(6, ge=1)
+
+
+class EvaluateParams(_Block):
+    """How the test split is judged and shown."""
+
+    threshold: float = Field(0.5, gt=0, lt=1)
+    gallery: int = Field(24, ge=1, le=400)
+
+
+class Params(_Block):
+    """All of params.yaml."""
+
+    seed: int = Field(20, ge=0, lt=2**32)
+    dataset: str = Field("sample", min_length=1)
+    backbone: str = "mobilenetv2"
+    weights: str = Field("imagenet", min_length=1)
+    download: DownloadParams
+    split: SplitParams
+    preprocess: PreprocessParams
+    embed: EmbedParams
+    train: TrainParams
+    evaluate: EvaluateParams
+
+    def flat(self) -> dict[str, str]:
+        """Returns every parameter by its dotted name, as text, as MLflow and `-S` name them."""
+        return dict(_flatten(self.model_dump()))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(list(value) if isinstance(value, tuple) else value)
+
+
+def load_params(path: Path) -> Params:
+    """Reads and validates a params.yaml.
+
+    Raises:
+        CatdogError: the file is missing or no YAML, a key is unknown or missing, a value has the wrong
+            type or is impossible, or the backbone does not exist or cannot take the image size. The
+            message names every key, its value and what is allowed.
+    """
+    # ruamel reads YAML 1.2, in which the `1e-05` that DVC writes is a number; PyYAML reads it as text.
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        tree = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CatdogError(f"{path} does not exist; run from the repository root") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise CatdogError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise CatdogError(f"{path} holds no parameters; `git checkout {path.name}` brings the defaults back")
+    return validate_params(tree, source=path.name)
+
+
+def validate_params(tree: Mapping[str, Any], *, source: str = "params") -> Params:
+    """Validates parsed parameters; raises CatdogError as `load_params` does."""
+    try:
+        params = Params.model_validate(dict(tree))
+    except ValidationError as error:
+        problems = "; ".join(dict.fromkeys(_describe(problem) for problem in error.errors()))
+        raise CatdogError(f"{source}: {problems}") from None
+    backbone = get_backbone(params.backbone)
+    if params.preprocess.image_size < backbone.minimum_size:
+        raise CatdogError(
+            f"{source}: preprocess.image_size = {params.preprocess.image_size} is too small for backbone "
+            f"{backbone.name}; it needs at least {backbone.minimum_size}"
+        )
+    return params
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    """Says in one sentence what is wrong with one value: key, value, what is allowed."""
+    # A union's branches (`int`, `float`) end the location with a type's name, which no user wrote.
+    location = [str(part) for part in problem["loc"] if part not in ("int", "float")]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _keys_beside(location)
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(known)}"
+        return f"unknown parameter {name}; {hint}"
+    if problem["type"] == "missing":
+        return f"parameter {name} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_beside(location: list[str]) -> list[str]:
+    """The keys that params.yaml may hold at the place of the last part of `location`."""
+    model: type[BaseModel] = Params
+    for part in location[:-1]:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return list(model.model_fields)

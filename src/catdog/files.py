@@ -1,0 +1,85 @@
+"""Files that are either whole or absent, and hashes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from catdog.errors import CatdogError
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to, and renames it to `path` when the block succeeds.
+
+    A reader sees the old file or the whole new one. A failing block leaves neither behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text aside and renames it."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON aside and renames it: two spaces, keys in the order given, newline at the end."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object that a stage wrote."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(value, dict), f"{path} holds no JSON object"
+    return value
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_with_sha256(source: Path, target: Path) -> str:
+    """Copies a file in one pass and returns its SHA-256; the caller writes aside."""
+    digest = hashlib.sha256()
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(1 << 22):
+            digest.update(chunk)
+            writer.write(chunk)
+    return digest.hexdigest()
+
+
+def require_disk_space(folder: Path, needed: int, purpose: str) -> None:
+    """Stops before work that would fill the disk.
+
+    Args:
+        folder: where the files will be written; it or a parent exists.
+        needed: bytes.
+        purpose: what the bytes are for, for the message.
+
+    Raises:
+        CatdogError: fewer bytes are free.
+    """
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CatdogError(
+            f"{purpose} needs {needed / 1e6:,.0f} MB but {os.fspath(folder)} has {free / 1e6:,.0f} MB free; "
+            "free some space (`dvc gc --workspace` drops cached data of other experiments)"
+        )

@@ -1,0 +1,56 @@
+"""Where things lie in the repository.
+
+Stage outputs are relative to the working directory, which DVC sets to the repository's root, or to a
+copy of it in `dvc exp run --temp` and in the queue. What lies outside the pipeline (the tracking store,
+a data set's path) is relative to the main repository instead: `repository_root`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from catdog.errors import CatdogError
+
+PARAMS = Path("params.yaml")
+PRETRAINED = Path("pretrained")
+
+RAW = Path("data/raw.zip")
+MANIFEST = Path("data/manifest.csv")
+TFRECORDS = Path("data/tfrecords")
+DATASET_INFO = TFRECORDS / "dataset_info.json"
+FEATURES = Path("data/features")
+FEATURES_INFO = FEATURES / "features.json"
+MODEL = Path("models/model.keras")
+
+DOWNLOAD_REPORT = Path("reports/download.json")
+DATA_REPORT = Path("reports/data.json")
+REJECTED = Path("reports/rejected.csv")
+DATA_PICTURES = Path("reports/data")
+TRAIN_REPORT = Path("reports/train.json")
+HISTORY = Path("reports/history.csv")
+LEARNING_CURVES = Path("reports/learning_curves.png")
+METRICS = Path("reports/metrics.json")
+PREDICTIONS = Path("reports/predictions.csv")
+ROC = Path("reports/roc.csv")
+EVALUATION_PICTURES = Path("reports/evaluation")
+
+SPLITS = ("train", "val", "test")
+
+
+def repository_root() -> Path:
+    """Returns the absolute root of the main repository, in every way of running.
+
+    DVC tells it in DVC_ROOT, also where a stage runs in a copy of the repository; outside DVC, git does.
+
+    Raises:
+        CatdogError: called outside a git repository.
+    """
+    told = os.environ.get("DVC_ROOT")
+    if told:
+        return Path(told).resolve()
+    answer = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise CatdogError(f"{Path.cwd()} is not inside the project's git repository; change into it first")
+    return Path(answer.stdout.strip())

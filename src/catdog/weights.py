@@ -1,0 +1,240 @@
+"""Where a backbone gets its weights from.
+
+``weights`` is one word or a path:
+
+* "imagenet": the published weights: the file under ``pretrained/``, else Keras' own cache, else
+  Keras' download
+* "random": the values the network was built with
+* anything else: the path of a weights file (``.weights.h5``, or ``.h5`` of older Keras versions)
+
+Weights that cannot be had are an error. Nothing here ever falls back to random weights, because
+a network trained from noise looks like a working one until someone reads its accuracy.
+
+Importing this module imports no deep-learning framework.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from catdog.backbones import BACKBONES, Backbone
+from catdog.errors import CatdogError
+
+if TYPE_CHECKING:
+    import keras
+
+# A server that is silent for so many seconds counts as unreachable.
+NETWORK_TIMEOUT_SECONDS = 10.0
+
+_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_SUFFIXES = (".h5", ".hdf5")
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where the weights of a model came from.
+
+    Attributes:
+        kind: "pretrained": a file of this project; "keras-cache": Keras had it on disk;
+            "keras-download": Keras fetched it now; "random": no file; "file": the user's file.
+        path: the file, or None for "random".
+        sha256: SHA-256 of the file (64 hexadecimal digits), or None for "random".
+        description: one line for people.
+    """
+
+    kind: Literal["pretrained", "keras-cache", "keras-download", "random", "file"]
+    path: Path | None
+    sha256: str | None
+    description: str
+
+
+def load_weights(
+    model: keras.Model, backbone: Backbone, weights: str, *, pretrained_dir: Path, root: Path
+) -> WeightsSource:
+    """Fill ``model`` with the weights that ``weights`` names.
+
+    Args:
+        model: the network from :func:`catdog.backbones.build_backbone`; changed in place.
+        backbone: the record the model was built from.
+        weights: "imagenet", "random" or the path of a weights file.
+        pretrained_dir: the directory with the weights this project ships.
+        root: what a relative path in ``weights`` is relative to.
+
+    Raises:
+        CatdogError: the file is missing, damaged, no weights file or made for another network,
+            or the ImageNet weights are neither on disk nor to be downloaded. The model may be
+            partly filled then: do not use it.
+    """
+    if weights == "random":
+        return WeightsSource("random", None, None, f"random weights for {backbone.name}")
+    if weights != "imagenet":
+        path = _user_file(weights, root)
+        _load_file(model, backbone, path)
+        return WeightsSource("file", path, _sha256(path), f"weights for {backbone.name} from {weights}")
+
+    shipped = _shipped_file(backbone, pretrained_dir)
+    if shipped is not None:
+        _load_file(model, backbone, shipped)
+        return WeightsSource(
+            "pretrained",
+            shipped,
+            backbone.shipped_sha256,
+            f"ImageNet weights for {backbone.name} shipped with the project",
+        )
+
+    path, downloaded = _fetch_with_keras(backbone, pretrained_dir)
+    _load_file(model, backbone, path)
+    how = "downloaded by Keras" if downloaded else "from the Keras cache"
+    return WeightsSource(
+        "keras-download" if downloaded else "keras-cache",
+        path,
+        _sha256(path),
+        f"ImageNet weights for {backbone.name} {how}",
+    )
+
+
+def check_weights_available(backbone: Backbone, weights: str, *, pretrained_dir: Path, root: Path) -> None:
+    """Refuse, before any work and without a deep-learning framework, weights that cannot load.
+
+    For a path: the file exists and is an HDF5 file. For "imagenet": the shipped file, if there is
+    one, is intact; otherwise nothing is checked, because Keras checks its own cache and only a
+    download can tell whether it works. The arguments are those of :func:`load_weights`.
+
+    Raises:
+        CatdogError: the file is missing, damaged or no weights file.
+    """
+    if weights == "imagenet":
+        _shipped_file(backbone, pretrained_dir)
+    elif weights != "random":
+        _user_file(weights, root)
+
+
+def _shipped_file(backbone: Backbone, pretrained_dir: Path) -> Path | None:
+    """Return this project's file with the ImageNet weights, or None if there is none.
+
+    Raises:
+        CatdogError: the file is there, but not as it was shipped.
+    """
+    if backbone.shipped is None:
+        return None
+    path = pretrained_dir / backbone.shipped
+    if not path.is_file():
+        return None
+    digest = _sha256(path)
+    if digest != backbone.shipped_sha256:
+        raise CatdogError(
+            f"'{path}' is damaged or was changed: its SHA-256 is {digest}, not {backbone.shipped_sha256};"
+            f" restore it (git checkout) or delete it"
+        )
+    return path
+
+
+def _user_file(weights: str, root: Path) -> Path:
+    """Return the path of the user's weights file; raise CatdogError if it cannot be one."""
+    path = root / Path(weights).expanduser()
+    if not path.is_file():
+        raise CatdogError(f'there is no weights file \'{path}\': weights is "imagenet", "random" or the path of a file')
+    if path.suffix not in _SUFFIXES:
+        raise CatdogError(f"weights file '{path}' must end in .weights.h5 or .h5: Keras reads no other kind")
+    _check_hdf5(path)
+    return path
+
+
+def _check_hdf5(path: Path) -> None:
+    """Raise CatdogError unless the file starts as HDF5 files do."""
+    with path.open("rb") as file:
+        if file.read(len(_HDF5_SIGNATURE)) != _HDF5_SIGNATURE:
+            raise CatdogError(f"'{path}' is not an HDF5 file: give a weights file that Keras saved")
+
+
+def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_file(model: keras.Model, backbone: Backbone, path: Path) -> None:
+    """Load a weights file into the model; raise CatdogError if it does not fit.
+
+    Variables keep their type (float32): Keras casts what the file holds.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Keras only warns when the file lacks some layers, which then stay random.
+            warnings.filterwarnings("error", message="Skipping nested container")
+            model.load_weights(path)
+    except (OSError, ValueError, KeyError, UserWarning) as error:  # what Keras and h5py raise for unfit files
+        raise CatdogError(
+            f"'{path}' does not hold weights for '{backbone.name}': it is damaged or was saved from another network"
+        ) from error
+
+
+def _keras_models_directory() -> Path:
+    """Return the directory where ``keras.utils.get_file`` keeps weights (the same rules, without Keras)."""
+    home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras").expanduser()
+    if not os.access(home, os.W_OK):
+        home = Path("/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()) / ".keras"
+    return home / "models"
+
+
+def _fetch_with_keras(backbone: Backbone, pretrained_dir: Path) -> tuple[Path, bool]:
+    """Let Keras find, check or download the ImageNet weights.
+
+    Returns:
+        The file, and whether it was downloaded now.
+
+    Raises:
+        CatdogError: the file is not on disk and cannot be downloaded.
+    """
+    import keras
+
+    path = _keras_models_directory() / backbone.weights_file
+    before = _stamp(path)
+    size = backbone.native_size
+    builder = getattr(keras.applications, backbone.builder)
+    try:
+        with _network_timeout(NETWORK_TIMEOUT_SECONDS):
+            # The builder knows the address and the checksum; the network it builds is not needed.
+            builder(weights="imagenet", include_top=False, input_shape=(size, size, 3))
+    except Exception as error:  # get_file raises plain Exception when a download fails
+        offline = ", ".join(name for name, other in BACKBONES.items() if other.shipped is not None)
+        raise CatdogError(
+            f"the ImageNet weights of '{backbone.name}' are missing and could not be downloaded"
+            f" ({_first_line(error)}): put {backbone.weights_file} into {path.parent},"
+            f" or choose a backbone that works offline: {offline}"
+        ) from error
+    return path, _stamp(path) != before
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().partition("\n")[0]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is written anew, or None if there is no file."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+@contextmanager
+def _network_timeout(seconds: float) -> Iterator[None]:
+    """Bound every wait for the network inside the block; without it Keras may wait for minutes."""
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(previous)
