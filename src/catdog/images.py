@@ -1,0 +1,155 @@
+"""From a file's bytes to the pixels that a model sees: the one path of training, evaluation and serving."""
+
+from __future__ import annotations
+
+import io
+from typing import Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Pixels = npt.NDArray[np.uint8]
+"""RGB, uint8 [height, width, 3], 0..255."""
+
+ResizeMode = Literal["stretch", "crop", "pad"]
+
+# What viewers show. Formats that run programs (EPS, PDF) or read other files are left out on purpose.
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF")
+_END_OF_JPEG = b"\xff\xd9"
+
+
+class ImageError(Exception):
+    """These bytes show no picture; the message is the reason, for a table of rejected files."""
+
+
+def decode(data: bytes, *, max_pixels: float = 100e6) -> Pixels:
+    """Decodes a picture as a viewer shows it: any format by content, upright, on white, in RGB.
+
+    A JPEG that ends early is decoded as far as it goes. Animations give their first frame.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: refuse larger pictures before decoding them.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        ImageError: empty, not an image, damaged beyond viewing, or too large.
+    """
+    if not data:
+        raise ImageError("empty file (0 bytes)")
+    try:
+        return _decode(data, max_pixels)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError("not an image") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
+        if data.startswith(b"\xff\xd8") and "truncated" in str(error):
+            return _decode_truncated_jpeg(data, max_pixels)
+        raise ImageError(f"cannot be decoded: {error}") from None
+
+
+def is_truncated_jpeg(data: bytes) -> bool:
+    """Says whether a JPEG lacks its end marker, so that viewers show only its upper part."""
+    return data.startswith(b"\xff\xd8") and _END_OF_JPEG not in data[-4096:]
+
+
+def _decode_truncated_jpeg(data: bytes, max_pixels: float) -> Pixels:
+    # With an end marker the decoder fills what is missing with grey, as viewers do.
+    try:
+        pixels = _decode(data + _END_OF_JPEG, max_pixels)
+    except Exception as error:
+        raise ImageError(f"cannot be decoded: {error}") from None
+    if pixels.std() == 0:
+        raise ImageError("truncated before any picture data")
+    return pixels
+
+
+def _decode(data: bytes, max_pixels: float) -> Pixels:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(f"{width}x{height} pixels are more than the limit of {max_pixels / 1e6:g} million")
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        # 16-bit and float greyscale: Pillow's own conversion clips at 255 and would show white.
+        values = np.asarray(image, dtype=np.float64)
+        scale = 255 / 65535 if values.max(initial=0) > 255 else 1
+        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def resize(pixels: Pixels, size: int, mode: ResizeMode) -> Pixels:
+    """Resizes to a square, averaging where it shrinks (no aliasing) and interpolating where it grows.
+
+    Args:
+        pixels: uint8 [height, width, 3].
+        size: pixels a side of the result.
+        mode: `stretch` ignores the aspect, `crop` takes the centre square, `pad` adds black bars.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    height, width = pixels.shape[:2]
+    if mode == "crop":
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        return _resample(pixels[top : top + side, left : left + side], size, size)
+    if mode == "pad":
+        scale = size / max(height, width)
+        inner_height, inner_width = max(1, round(height * scale)), max(1, round(width * scale))
+        canvas = np.zeros((size, size, 3), np.uint8)
+        top, left = (size - inner_height) // 2, (size - inner_width) // 2
+        canvas[top : top + inner_height, left : left + inner_width] = _resample(pixels, inner_height, inner_width)
+        return canvas
+    return _resample(pixels, size, size)
+
+
+def _resample(pixels: Pixels, height: int, width: int) -> Pixels:
+    # OpenCV's area averaging is right only where an axis shrinks, so a mixed case takes two passes.
+    shrinks_down, shrinks_across = pixels.shape[0] >= height, pixels.shape[1] >= width
+    if shrinks_down != shrinks_across:
+        between = (height, pixels.shape[1]) if shrinks_down else (pixels.shape[0], width)
+        pixels = _resample(pixels, *between)
+    shrinks = pixels.shape[0] >= height and pixels.shape[1] >= width
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(pixels, (width, height), interpolation=interpolation), np.uint8)
+
+
+def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
+    """Encodes RGB pixels as the JPEG that a shard stores (4:2:0, standard Huffman tables)."""
+    done, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert done, "OpenCV encodes any uint8 picture"
+    return data.tobytes()
+
+
+def decode_stored(data: bytes) -> Pixels:
+    """Decodes a JPEG that `encode_jpeg` wrote to uint8 RGB [size, size, 3]."""
+    return np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB), np.uint8)
+
+
+def model_pixels(data: bytes, *, size: int, mode: ResizeMode, quality: int, max_pixels: float = 100e6) -> Pixels:
+    """Turns a file's bytes into exactly the pixels that training saw for it.
+
+    The shards store JPEGs, so the picture makes the same round trip through JPEG here.
+
+    Returns:
+        uint8 [size, size, 3], RGB.
+
+    Raises:
+        ImageError: as `decode`.
+    """
+    return decode_stored(encode_jpeg(resize(decode(data, max_pixels=max_pixels), size, mode), quality))

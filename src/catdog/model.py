@@ -1,0 +1,174 @@
+"""The classifier: pixels in, probabilities out, everything it needs inside one file."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from catdog.backbones import Backbone, preprocess
+from catdog.config import TrainParams
+from catdog.errors import CatdogError
+from catdog.files import written_aside
+from catdog.images import ResizeMode
+
+if TYPE_CHECKING:
+    import keras
+
+Pooling = Literal["avg", "max", "flatten"]
+Output = Literal["sigmoid", "softmax"]
+
+_INFO_MEMBER = "catdog.json"
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model file says about itself beside the network: how to feed it and how to read it."""
+
+    class_names: tuple[str, ...]  # position = number of the class
+    image_size: int  # pixels a side
+    resize: ResizeMode
+    jpeg_quality: int
+    backbone: str
+    weights: str
+    pooling: Pooling
+
+
+def choose_output(output: Literal["auto", "sigmoid", "softmax"], class_count: int) -> Output:
+    """Returns the kind of output layer; raises CatdogError for a sigmoid on more than two classes."""
+    if output == "auto":
+        return "sigmoid" if class_count == 2 else "softmax"
+    if output == "sigmoid" and class_count != 2:
+        raise CatdogError(
+            f"train.output = 'sigmoid' tells two classes apart, but the data has {class_count}; use softmax or auto"
+        )
+    return output
+
+
+def build_extractor(network: keras.Model, backbone: Backbone, image_size: int, pooling: Pooling) -> keras.Model:
+    """Builds the frozen part: float32 pixels [batch, size, size, 3] in 0..255 to features [batch, n]."""
+    import keras
+
+    pixels = keras.Input((image_size, image_size, 3), name="pixels")
+    return keras.Model(pixels, _features(pixels, network, backbone, pooling), name="extractor")
+
+
+def _features(
+    pixels: keras.KerasTensor, network: keras.Model, backbone: Backbone, pooling: Pooling
+) -> keras.KerasTensor:
+    import keras
+
+    # training=False holds BatchNorm in inference mode, now and when the backbone is fine-tuned.
+    maps = network(preprocess(pixels, backbone), training=False)
+    layer = {
+        "avg": keras.layers.GlobalAveragePooling2D,
+        "max": keras.layers.GlobalMaxPooling2D,
+        "flatten": keras.layers.Flatten,
+    }[pooling]
+    return layer(name="pooling")(maps)
+
+
+def build_head(feature_size: int, class_count: int, params: TrainParams, seed: int) -> keras.Model:
+    """Builds the part that is trained: float32 features [batch, n] to logits.
+
+    Returns:
+        A model with output [batch, 1] (sigmoid: the logit of the second class) or [batch, classes] (softmax).
+
+    Raises:
+        CatdogError: as `choose_output`.
+    """
+    import keras
+
+    units = 1 if choose_output(params.output, class_count) == "sigmoid" else class_count
+    penalty = keras.regularizers.L2(params.l2) if params.l2 else None
+    features = keras.Input((feature_size,), name="features")
+    x = features
+    for number, size in enumerate(params.hidden_units, start=1):
+        x = keras.layers.Dense(size, activation=params.activation, kernel_regularizer=penalty, name=f"hidden_{number}")(
+            x
+        )
+        if params.dropout and number < len(params.hidden_units):
+            x = keras.layers.Dropout(params.dropout, seed=seed + number, name=f"dropout_{number}")(x)
+    if params.dropout:
+        x = keras.layers.Dropout(params.dropout, seed=seed, name="dropout")(x)
+    logits = keras.layers.Dense(units, kernel_regularizer=penalty, name="logits")(x)
+    return keras.Model(features, logits, name="head")
+
+
+def assemble(
+    network: keras.Model, backbone: Backbone, head: keras.Model, image_size: int, pooling: Pooling
+) -> keras.Model:
+    """Joins preprocessing, backbone and trained head into the model that is saved.
+
+    Returns:
+        float32 pixels [batch, size, size, 3], RGB in 0..255, to float32 probabilities [batch, 1] (of the
+        second class) or [batch, classes].
+    """
+    import keras
+
+    pixels = keras.Input((image_size, image_size, 3), name="pixels")
+    logits = head(_features(pixels, network, backbone, pooling))
+    function = "sigmoid" if logits.shape[-1] == 1 else "softmax"
+    # float32 also where the rest computes in half precision.
+    probabilities = keras.layers.Activation(function, dtype="float32", name="probabilities")(logits)
+    return keras.Model(pixels, probabilities, name="catdog")
+
+
+def class_probabilities(output: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Returns one column a class, [images, classes], whether the model has one sigmoid or a softmax."""
+    return np.concatenate([1 - output, output], axis=1) if output.shape[1] == 1 else output
+
+
+def save_model(model: keras.Model, info: ModelInfo, path: Path) -> None:
+    """Writes a .keras file that also holds `info`, with bytes that depend on nothing but the two.
+
+    Keras puts the time into the file; here every date is fixed. Keras ignores the extra member when it loads.
+    """
+    with written_aside(path) as aside:
+        # Keras insists on the ending.
+        saved = aside.with_name(path.stem + ".saving.keras")
+        try:
+            model.save(saved)
+            with zipfile.ZipFile(saved) as source, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as target:
+                for name in sorted(source.namelist()):
+                    content = source.read(name)
+                    if name == "metadata.json":
+                        metadata = json.loads(content)
+                        metadata["date_saved"] = "1980-01-01@00:00:00"
+                        content = json.dumps(metadata, sort_keys=True).encode()
+                    target.writestr(zipfile.ZipInfo(name, _ZIP_DATE), content)
+                description = json.dumps(asdict(info), indent=2).encode()
+                target.writestr(zipfile.ZipInfo(_INFO_MEMBER, _ZIP_DATE), description)
+        finally:
+            saved.unlink(missing_ok=True)
+
+
+def read_info(path: Path) -> ModelInfo:
+    """Reads what a model file says about itself, without loading the network.
+
+    Raises:
+        CatdogError: no such file, or not a model of this pipeline.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            fields = json.loads(archive.read(_INFO_MEMBER))
+        fields["class_names"] = tuple(fields["class_names"])
+        return ModelInfo(**fields)
+    except FileNotFoundError:
+        raise CatdogError(f"there is no model at {path}; `dvc repro` trains one") from None
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError):
+        raise CatdogError(f"{path} is not a model of this pipeline; `dvc repro` trains one") from None
+
+
+def load_model(path: Path) -> tuple[keras.Model, ModelInfo]:
+    """Loads a saved model, for inference, and what it says about itself; raises CatdogError as `read_info`."""
+    import keras
+
+    info = read_info(path)
+    return keras.models.load_model(path, compile=False), info
