@@ -22,7 +22,7 @@ def main() -> None:
             seed=params.seed,
             sample_images=params.download.sample_images,
         )
-        run.finish(facts.as_dict())
+        run.finish(facts.as_dict(), f"{facts.files:,} files, {facts.bytes / 1e6:,.1f} MB from {facts.location}")
 
 
 if __name__ == "__main__":

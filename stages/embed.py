@@ -25,6 +25,11 @@ def main() -> None:
         backbone = get_backbone(run.params.backbone)
         network = build_backbone(backbone, dataset["image_size"])
         weights = load_weights(network, backbone, run.params.weights, pretrained_dir=paths.PRETRAINED, root=run.root)
+        if backbone.native_size != dataset["image_size"]:
+            print(
+                f"embed: {backbone.name} was trained at {backbone.native_size} pixels, the images have "
+                f"{dataset['image_size']}; preprocess.image_size={backbone.native_size} may do better"
+            )
         engine = choose_engine(params.engine)
         run.note({"device": device_name(), "engine": engine, "weights.found": weights.kind})
         extractor = build_extractor(network, backbone, dataset["image_size"], params.pooling)
@@ -36,7 +41,8 @@ def main() -> None:
         for shard in progress(shards, "embed", len(shards), "shards"):
             images += embed_shard(shard, paths.FEATURES, forward, batch_size=params.batch_size)
         seconds = time.monotonic() - started
-        run.measure({"images_per_second": round(images / seconds, 1)})
+        rate = images / seconds
+        run.measure({"images_per_second": round(rate, 1)})
         run.finish(
             {
                 "backbone": backbone.name,
@@ -47,7 +53,8 @@ def main() -> None:
                 "feature_size": open_features(paths.FEATURES, "train").size,
                 "images": images,
                 "backbone_parameters": extractor.count_params(),
-            }
+            },
+            f"{images:,} images through {backbone.name} ({weights.kind} weights), {rate:,.0f} images/s on {engine}",
         )
 
 

@@ -58,7 +58,11 @@ def main() -> None:
                 if len(wrong)
                 else f"No mistake among {len(predictions):,} test pictures",
             )
-        run.finish(metrics | {"test_images": len(predictions)})
+        run.finish(
+            metrics | {"test_images": len(predictions)},
+            f"{metrics['accuracy']:.2%} of {len(predictions):,} test images right, "
+            f"log loss {metrics['log_loss']:.4f}, ROC AUC {metrics['roc_auc']:.4f}",
+        )
 
 
 if __name__ == "__main__":

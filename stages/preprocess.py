@@ -41,7 +41,8 @@ def main() -> None:
         written = map_shards(write, shards, workers=os.cpu_count() or 1)
         sizes = list(progress(written, "preprocess", len(shards), "shards"))
         seconds = time.monotonic() - started
-        run.measure({"images_per_second": round(len(manifest) / seconds, 1)})
+        rate = len(manifest) / seconds
+        run.measure({"images_per_second": round(rate, 1)})
         run.finish(
             {
                 "classes": classes,
@@ -52,7 +53,8 @@ def main() -> None:
                 "shards": len(shards),
                 "bytes": sum(sizes),
                 "largest_shard_bytes": max(sizes),
-            }
+            },
+            f"{len(manifest):,} images in {len(shards)} shards, {sum(sizes) / 1e6:,.1f} MB, {rate:,.0f} images/s",
         )
 
 

@@ -63,7 +63,11 @@ def main() -> None:
                 "ends_early": int((images["note"] != "").sum()),
                 "leaks": len(leaks),
                 "counts": counts,
-            }
+            },
+            f"{len(images):,} images in {len(labelling.classes)} classes ("
+            + ", ".join(f"{split} {sum(row.values()):,}" for split, row in counts.items())
+            + f"), {len(rejected):,} files rejected"
+            + (f", see {paths.REJECTED}" if len(rejected) else ""),
         )
 
 

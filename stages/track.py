@@ -9,7 +9,8 @@ from catdog.tracking import complete_parent, stage
 def main() -> None:
     """Runs the stage."""
     with stage("track") as run:
-        complete_parent(run)
+        name = complete_parent(run)
+        print(f"track: run {name!r} is complete; compare runs with `mlflow ui`")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,10 @@ def main() -> None:
         run.note({"device": device_name()})
         # What the features were made with, not what params.yaml says: the model must match the features.
         dataset, embedded = read_json(paths.DATASET_INFO), read_json(paths.FEATURES_INFO)
+        # First of all that draws random numbers, as in embed: so `weights: random` is the same network in both.
+        backbone = get_backbone(embedded["backbone"])
+        network = build_backbone(backbone, dataset["image_size"])
+        load_weights(network, backbone, embedded["weights"], pretrained_dir=paths.PRETRAINED, root=run.root)
         train, val = (open_features(paths.FEATURES, split) for split in ("train", "val"))
         head = build_head(train.size, len(dataset["classes"]), params, run.params.seed)
         started = time.monotonic()
@@ -34,9 +38,6 @@ def main() -> None:
         best = best_epoch(history)
         plot_learning_curves(history, int(best["epoch"]), paths.LEARNING_CURVES)
 
-        backbone = get_backbone(embedded["backbone"])
-        network = build_backbone(backbone, dataset["image_size"])
-        load_weights(network, backbone, embedded["weights"], pretrained_dir=paths.PRETRAINED, root=run.root)
         model = assemble(network, backbone, head, dataset["image_size"], embedded["pooling"])
         info = ModelInfo(
             class_names=tuple(dataset["classes"]),
@@ -58,7 +59,9 @@ def main() -> None:
                 "head_parameters": head.count_params(),
                 "model_parameters": model.count_params(),
                 "model_bytes": paths.MODEL.stat().st_size,
-            }
+            },
+            f"best of {len(history)} epochs is {best['epoch']:.0f}: validation loss {best['val_loss']:.4f}, "
+            f"accuracy {best['val_accuracy']:.2%}",
         )
 
 

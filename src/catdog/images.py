@@ -17,6 +17,8 @@ ResizeMode = Literal["stretch", "crop", "pad"]
 
 # What viewers show. Formats that run programs (EPS, PDF) or read other files are left out on purpose.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF")
+MAX_PIXELS = 178e6
+"""Pillow refuses larger pictures on its own, as attacks on memory."""
 _END_OF_JPEG = b"\xff\xd9"
 
 
@@ -24,7 +26,12 @@ class ImageError(Exception):
     """These bytes show no picture; the message is the reason, for a table of rejected files."""
 
 
-def decode(data: bytes, *, max_pixels: float = 100e6) -> Pixels:
+def decode(data: bytes, *, max_pixels: float = MAX_PIXELS) -> Pixels:
+    """Decodes a picture as a viewer shows it, in RGB; see `decode_viewable`."""
+    return decode_viewable(data, max_pixels=max_pixels)[0]
+
+
+def decode_viewable(data: bytes, *, max_pixels: float = MAX_PIXELS) -> tuple[Pixels, bool]:
     """Decodes a picture as a viewer shows it: any format by content, upright, on white, in RGB.
 
     A JPEG that ends early is decoded as far as it goes. Animations give their first frame.
@@ -34,7 +41,7 @@ def decode(data: bytes, *, max_pixels: float = 100e6) -> Pixels:
         max_pixels: refuse larger pictures before decoding them.
 
     Returns:
-        uint8 [height, width, 3], RGB.
+        uint8 [height, width, 3], RGB; and whether the file was whole, not a JPEG that ends early.
 
     Raises:
         ImageError: empty, not an image, damaged beyond viewing, or too large.
@@ -42,20 +49,15 @@ def decode(data: bytes, *, max_pixels: float = 100e6) -> Pixels:
     if not data:
         raise ImageError("empty file (0 bytes)")
     try:
-        return _decode(data, max_pixels)
+        return _decode(data, max_pixels), True
     except ImageError:
         raise
     except UnidentifiedImageError:
         raise ImageError("not an image") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
         if data.startswith(b"\xff\xd8") and "truncated" in str(error):
-            return _decode_truncated_jpeg(data, max_pixels)
+            return _decode_truncated_jpeg(data, max_pixels), False
         raise ImageError(f"cannot be decoded: {error}") from None
-
-
-def is_truncated_jpeg(data: bytes) -> bool:
-    """Says whether a JPEG lacks its end marker, so that viewers show only its upper part."""
-    return data.startswith(b"\xff\xd8") and _END_OF_JPEG not in data[-4096:]
 
 
 def _decode_truncated_jpeg(data: bytes, max_pixels: float) -> Pixels:
@@ -64,7 +66,8 @@ def _decode_truncated_jpeg(data: bytes, max_pixels: float) -> Pixels:
         pixels = _decode(data + _END_OF_JPEG, max_pixels)
     except Exception as error:
         raise ImageError(f"cannot be decoded: {error}") from None
-    if pixels.std() == 0:
+    shown = (np.abs(pixels.astype(np.int16) - pixels[-1, -1]) > 8).any(axis=2).mean()
+    if shown < 0.02:
         raise ImageError("truncated before any picture data")
     return pixels
 
@@ -78,12 +81,12 @@ def _decode(data: bytes, max_pixels: float) -> Pixels:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit and float greyscale: Pillow's own conversion clips at 255 and would show white.
         values = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if values.max(initial=0) > 255 else 1
+        scale = 255 / 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1
         return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -141,7 +144,7 @@ def decode_stored(data: bytes) -> Pixels:
     return np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB), np.uint8)
 
 
-def model_pixels(data: bytes, *, size: int, mode: ResizeMode, quality: int, max_pixels: float = 100e6) -> Pixels:
+def model_pixels(data: bytes, *, size: int, mode: ResizeMode, quality: int, max_pixels: float = MAX_PIXELS) -> Pixels:
     """Turns a file's bytes into exactly the pixels that training saw for it.
 
     The shards store JPEGs, so the picture makes the same round trip through JPEG here.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -86,16 +87,31 @@ def _compile_openvino(model: keras.Model) -> Forward:
     # float32 on every CPU: some would silently choose bfloat16 and give other probabilities.
     settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(steps.build(), "CPU", settings)
+    count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
 
+    # A round of plain requests, not AsyncInferQueue: its Python callbacks run in OpenVINO's threads, which then
+    # need the interpreter's lock to end, while whoever drops the model holds it and waits for them: a deadlock.
     def forward(batches: Iterable[Pixels]) -> npt.NDArray[np.float32]:
-        outputs: dict[int, npt.NDArray[np.float32]] = {}
-        queue = openvino.AsyncInferQueue(compiled)
-        queue.set_callback(
-            lambda request, position: outputs.__setitem__(position, request.get_output_tensor().data.copy())
-        )
-        for position, batch in enumerate(batches):
-            queue.start_async({0: batch}, userdata=position)
-        queue.wait_all()
-        return np.concatenate([outputs[position] for position in range(len(outputs))])
+        requests = [compiled.create_infer_request() for _ in range(count)]
+        running: deque[Any] = deque()
+        outputs: list[npt.NDArray[np.float32]] = []
+
+        def collect() -> None:
+            request = running.popleft()
+            request.wait()
+            outputs.append(request.get_output_tensor().data.copy())
+
+        try:
+            for position, batch in enumerate(batches):
+                if len(running) == count:
+                    collect()
+                request = requests[position % count]
+                request.start_async({0: batch})
+                running.append(request)
+        finally:
+            # Also when reading a batch failed: a request must not be dropped while it computes.
+            while running:
+                collect()
+        return np.concatenate(outputs)
 
     return forward

@@ -52,8 +52,11 @@ def label_files(names: Iterable[str]) -> Labelling:
     images = [name for name in visible if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise CatdogError(f"the data set holds no image files among its {len(files)} files; check `dataset`")
-    by_name = {name: match["label"] for name in visible if (match := _KAGGLE_NAME.fullmatch(_basename(name)))}
-    if len(by_name) > len(images) / 2:
+    by_name = {name: match["label"] for name in visible if (match := _KAGGLE_NAME.fullmatch(PurePosixPath(name).name))}
+    image_labels = [by_name[name] for name in images if name in by_name]
+    # `Cat/img.1.jpg` and `Dog/img.2.jpg` look like Kaggle's names too, but the folders are what differs.
+    one_folder = len({PurePosixPath(name).parent for name in images}) == 1
+    if len(image_labels) > len(images) / 2 and (one_folder or len(set(image_labels)) > 1):
         labels, missing = by_name, "no class in its name"
         folders: set[str] = set()
     else:
@@ -84,10 +87,6 @@ def label_files(names: Iterable[str]) -> Labelling:
 def is_hidden(name: str) -> bool:
     """Says whether a file belongs to an operating system or archiver and not to the data set."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
-
-
-def _basename(name: str) -> str:
-    return PurePosixPath(name).name
 
 
 def _top_folder(images: list[str]) -> tuple[str, ...]:

@@ -64,14 +64,17 @@ def _features(
 ) -> keras.KerasTensor:
     import keras
 
-    # training=False holds BatchNorm in inference mode, now and when the backbone is fine-tuned.
+    # BatchNorm stays in inference mode. `training=False` alone would not do: a caller's `training=True` overrides it.
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False
     maps = network(preprocess(pixels, backbone), training=False)
-    layer = {
+    pool = {
         "avg": keras.layers.GlobalAveragePooling2D,
         "max": keras.layers.GlobalMaxPooling2D,
         "flatten": keras.layers.Flatten,
     }[pooling]
-    return layer(name="pooling")(maps)
+    return pool(name="pooling")(maps)
 
 
 def build_head(feature_size: int, class_count: int, params: TrainParams, seed: int) -> keras.Model:
@@ -87,17 +90,23 @@ def build_head(feature_size: int, class_count: int, params: TrainParams, seed: i
 
     units = 1 if choose_output(params.output, class_count) == "sigmoid" else class_count
     penalty = keras.regularizers.L2(params.l2) if params.l2 else None
+
+    def dense(size: int, number: int, name: str, activation: str | None = None) -> keras.layers.Layer:
+        # A seed of its own for each layer: the weights depend on nothing that was built before.
+        initializer = keras.initializers.GlorotUniform(seed=seed + number)
+        return keras.layers.Dense(
+            size, activation, kernel_initializer=initializer, kernel_regularizer=penalty, name=name
+        )
+
     features = keras.Input((feature_size,), name="features")
     x = features
     for number, size in enumerate(params.hidden_units, start=1):
-        x = keras.layers.Dense(size, activation=params.activation, kernel_regularizer=penalty, name=f"hidden_{number}")(
-            x
-        )
+        x = dense(size, number, f"hidden_{number}", params.activation)(x)
         if params.dropout and number < len(params.hidden_units):
             x = keras.layers.Dropout(params.dropout, seed=seed + number, name=f"dropout_{number}")(x)
     if params.dropout:
         x = keras.layers.Dropout(params.dropout, seed=seed, name="dropout")(x)
-    logits = keras.layers.Dense(units, kernel_regularizer=penalty, name="logits")(x)
+    logits = dense(units, 0, "logits")(x)
     return keras.Model(features, logits, name="head")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from catdog.errors import CatdogError
-from catdog.images import ImageError, Pixels, decode, is_truncated_jpeg
+from catdog.images import ImageError, Pixels, decode_viewable
 from catdog.labels import Labelling
 from catdog.paths import REJECTED
 from catdog.progress import progress
@@ -39,14 +40,14 @@ class Inspection:
 
 def inspect(data: bytes, *, max_pixels: float) -> Inspection:
     """Decodes a file fully and measures it; raises ImageError with the reason when it shows no picture."""
-    pixels = decode(data, max_pixels=max_pixels)
+    pixels, whole = decode_viewable(data, max_pixels=max_pixels)
     return Inspection(
         width=pixels.shape[1],
         height=pixels.shape[0],
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         perceptual_hash=perceptual_hash(pixels),
-        note="ends early" if is_truncated_jpeg(data) else "",
+        note="" if whole else "ends early",
     )
 
 
@@ -148,7 +149,7 @@ def inspect_archive(
             return row | asdict(inspect(archive.read(path), max_pixels=max_pixels))
         except ImageError as error:
             reason = str(error)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError) as error:
             reason = f"damaged in the archive: {error}"
         return row | {"reason": reason, "bytes": archive.getinfo(path).file_size}
 

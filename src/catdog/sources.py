@@ -6,9 +6,11 @@ To add a source, write a function with the signature of `FetchSource` and give i
 
 from __future__ import annotations
 
+import lzma
 import os
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,16 +84,19 @@ def choose_source(dataset: str, *, root: Path, seed: int, sample_images: int) ->
         if path.is_file():
             if path.stat().st_size == 0:
                 raise CatdogError(f"dataset = {dataset!r}: the file is empty (0 bytes); fetch it again")
-            if zipfile.is_zipfile(path):
-                return lambda target: _copy_zip(path, target)
+            # Tar first: a tar that ends with a zip looks like a zip as well.
             if tarfile.is_tarfile(path):
                 return lambda target: _pack_tar(path, target)
+            if zipfile.is_zipfile(path):
+                return lambda target: _copy_zip(path, target)
             raise CatdogError(
                 f"dataset = {dataset!r} is no archive that can be read; give a folder, .zip, .tar, .tar.gz or "
                 ".tar.xz (a broken download looks like this too)"
             )
-    except PermissionError as error:
-        raise CatdogError(f"dataset = {dataset!r} cannot be read: {error.strerror}; check its permissions") from None
+    except OSError as error:
+        raise CatdogError(
+            f"dataset = {dataset!r} cannot be read: {error.strerror}; check the path and its permissions"
+        ) from None
     raise CatdogError(
         f"dataset = {dataset!r} does not exist ({path}); give `sample`, or the path of a folder or archive, "
         "absolute or relative to the repository root"
@@ -117,11 +122,26 @@ def _pack_tar(path: Path, target: Path) -> str:
     try:
         with tarfile.open(path) as archive:
             _write_zip(target, _tar_members(archive, path))
-    except (tarfile.TarError, EOFError, OSError) as error:
+            _require_sound_end(archive)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise CatdogError(f"dataset {path} is a damaged tar archive ({error}); fetch it again") from None
     return "tar"
+
+
+def _require_sound_end(archive: tarfile.TarFile) -> None:
+    """Raises tarfile.ReadError or the decompressor's error unless the archive is whole to its end.
+
+    tarfile takes a damaged header for the end of the archive, and stops before the compression's checksum.
+    """
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    if file.read(512).strip(b"\0"):
+        raise tarfile.ReadError("a header is damaged")
+    while file.read(1 << 20):
+        pass
 
 
 def _tar_members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
@@ -159,6 +179,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             path = Path(parent, name)
             if not path.exists():
                 raise CatdogError(f"dataset folder has a link to nothing: {path}; remove or mend it")
+            if not path.is_dir() and not path.is_file():
+                raise CatdogError(f"dataset folder has something that is no file: {path}; remove it")
             if path.is_symlink() and path.is_dir() and path.resolve() in (Path(parent).resolve(), *path.parents):
                 raise CatdogError(f"dataset folder has a link to a folder above itself: {path}; remove it")
             yield path
@@ -178,7 +200,9 @@ def _write_zip(target: Path, members: Iterable[tuple[str, IO[bytes] | None]]) ->
     """Stores members in a zip whose bytes depend on nothing but their names and contents."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name, file in members:
-            member = zipfile.ZipInfo(name, _ZIP_DATE)
+            # A zip's names are UTF-8; a name that is not is kept apart by its escaped bytes.
+            readable = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            member = zipfile.ZipInfo(readable, _ZIP_DATE)
             if file is None:
                 archive.writestr(member, b"")
             else:

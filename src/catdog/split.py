@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,9 @@ def reject_contradictions(images: pd.DataFrame) -> pd.DataFrame:
     """
     contradicted = pd.Series(False, index=images.index)
     for column in ("sha256", "perceptual_hash"):
-        contradicted |= images.groupby(column)["label"].transform("nunique") > 1
+        # Blank pictures all have the hash 0 and are not the same picture for that.
+        telling = images[column].str.strip("0") != ""
+        contradicted |= telling & (images.groupby(column)["label"].transform("nunique") > 1)
     return images[contradicted].assign(reason="same picture under two labels")
 
 
@@ -70,18 +72,27 @@ def assign_splits(images: pd.DataFrame, *, val: int | float, test: int | float, 
     shares = {split: sum(wanted[split].values()) / len(images) for split in ("test", "val")}
     room = {split: dict(wanted[split]) for split in ("test", "val")}
     result = np.full(len(images), "train", dtype=object)
+
+    def place(one: _Group, candidates: Sequence[str]) -> None:
+        """Puts a group into the first of these splits that has room for all of it; else it stays in train."""
+        for split in candidates:
+            if all(room[split][label] >= number for label, number in one.labels.items()):
+                for label, number in one.labels.items():
+                    room[split][label] -= number
+                result[one.positions] = split
+                return
+
     for one in drawn:
         if len(one.positions) == 1:
             candidates = ["test", "val"]
         else:
             lot = int(_draw(seed, one.content)[:8], 16) / 16**8
             candidates = [s for s, low, high in _lots(shares) if low <= lot < high]
-        for split in candidates:
-            if all(room[split][label] >= number for label, number in one.labels.items()):
-                for label, number in one.labels.items():
-                    room[split][label] -= number
-                result[one.positions] = split
-                break
+        place(one, candidates)
+    # Where nearly everything comes in groups, single images cannot fill the splits: then groups do, large ones first.
+    left_over = [one for one in drawn if result[one.positions[0]] == "train"]
+    for one in sorted(left_over, key=lambda one: -len(one.positions)):
+        place(one, ["test", "val"])
     if any(left for split in room.values() for left in split.values()):
         raise CatdogError(
             f"the groups of near-duplicates are too large to fill the splits exactly (still short: {room}); "
@@ -144,6 +155,11 @@ def _per_class(share: int | float, counts: pd.Series, name: str) -> dict[str, in
     by_remainder = sorted(exact, key=lambda label: (floors[label] - exact[label], label))
     for position in range(size - sum(floors.values())):
         floors[by_remainder[position % len(by_remainder)]] += 1
+    # The guaranteed one image of a rare class can exceed the total: the others give it back.
+    for _ in range(sum(floors.values()) - size):
+        floors[
+            max((label for label in floors if floors[label] > 1), key=lambda label: floors[label] - exact[label])
+        ] -= 1
     return floors
 
 

@@ -99,11 +99,15 @@ class StageRun:
         for start in range(0, len(points), 1000):  # MLflow takes a thousand at a time
             self.client.log_batch(self.run_id, metrics=points[start : start + 1000])
 
-    def finish(self, report: Mapping[str, Any]) -> None:
-        """Writes the stage's report file and logs it with the stage's artifacts; the last call of a stage."""
+    def finish(self, report: Mapping[str, Any], summary: str) -> None:
+        """Writes the stage's report file, logs it with the stage's artifacts, and tells the user in a line.
+
+        The last call of a stage.
+        """
         files = STAGES[self.name]
         write_json(files.report, report)
         _log_stage_files(self.client, self.run_id, self.name)
+        print(f"{self.name}: {summary}", flush=True)
 
 
 @contextlib.contextmanager
@@ -382,8 +386,8 @@ def stage_hashes(lock: Path = Path("dvc.lock")) -> dict[str, str]:
     }
 
 
-def complete_parent(run: StageRun) -> None:
-    """Makes the parent run complete and ends it.
+def complete_parent(run: StageRun) -> str:
+    """Makes the parent run complete, ends it, and returns its name.
 
     Stages that DVC skipped or restored get a child run "<stage> (cached)" from their report files, linked
     to the run that did the work where this store knows it; children that a killed process left RUNNING
@@ -391,8 +395,8 @@ def complete_parent(run: StageRun) -> None:
     runs table compares parents.
     """
     client = run.client
-    parent_id = client.get_run(run.run_id).data.tags[PARENT_TAG]
-    experiment_id = client.get_run(parent_id).info.experiment_id
+    parent = client.get_run(client.get_run(run.run_id).data.tags[PARENT_TAG])
+    parent_id, experiment_id = parent.info.run_id, parent.info.experiment_id
     # Newest last, so that a stage's latest attempt wins.
     children = client.search_runs(
         [experiment_id], f"tags.`{PARENT_TAG}` = '{parent_id}'", order_by=["attributes.start_time ASC"]
@@ -423,6 +427,7 @@ def complete_parent(run: StageRun) -> None:
         client.log_artifact(parent_id, str(file))
     client.log_artifacts(parent_id, str(paths.EVALUATION_PICTURES), artifact_path=paths.EVALUATION_PICTURES.name)
     client.set_terminated(parent_id, "FINISHED")
+    return str(parent.info.run_name)
 
 
 def _replay(run: StageRun, name: str, parent_id: str, experiment_id: str, stage_hash: str) -> Run:

@@ -63,6 +63,7 @@ def fit_head(
         validation_data=_batches(val, max(params.batch_size, 1024), shuffle_seed=None),
         epochs=params.epochs,
         callbacks=[stopping, keras.callbacks.TerminateOnNaN()],
+        shuffle=False,  # the batches come shuffled, from the seed; Keras would draw from global state
         verbose=verbose,
     ).history
     if not all(math.isfinite(value) for value in (*history["loss"], *history.get("val_loss", [math.nan]))):

@@ -1,0 +1,166 @@
+"""Which class each file of an archive has, read from nothing but the names."""
+
+import pytest
+
+from catdog.errors import CatdogError
+from catdog.labels import IMAGE_SUFFIXES, is_hidden, label_files
+
+FOLDERS = ["Cat/0.jpg", "Cat/1.jpg", "Dog/0.jpg"]
+
+
+def message(names):
+    with pytest.raises(CatdogError) as caught:
+        label_files(names)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_one_folder_a_class():
+    found = label_files(FOLDERS)
+    assert found.classes == ("Cat", "Dog")
+    assert found.labels == {"Cat/0.jpg": "Cat", "Cat/1.jpg": "Cat", "Dog/0.jpg": "Dog"}
+    assert found.unlabelled == {}
+
+
+@pytest.mark.parametrize("top", ["PetImages/", "a/b/c/", "data set/ümlaut/"])
+def test_single_top_folders_only_wrap(top):
+    names = [top, *(top + name for name in FOLDERS), top + "Cat/", top + "Dog/"]
+    found = label_files(names)
+    assert found.classes == ("Cat", "Dog")
+    assert found.labels == {top + name: name.split("/")[0] for name in FOLDERS}
+
+
+def test_files_beside_the_wrapping_folder_have_no_class():
+    found = label_files([f"PetImages/{name}" for name in FOLDERS] + ["readme.txt", "cover.jpg", "PetImages/x.jpg"])
+    assert found.classes == ("Cat", "Dog")
+    assert found.unlabelled == dict.fromkeys(["readme.txt", "cover.jpg", "PetImages/x.jpg"], "outside any class folder")
+
+
+def test_folders_inside_a_class_belong_to_it():
+    found = label_files(["cat/indoor/1.jpg", "cat/2.jpg", "dog/a/b/3.jpg", "dog/a/c/4.jpg"])
+    assert found.labels == {
+        "cat/indoor/1.jpg": "cat",
+        "cat/2.jpg": "cat",
+        "dog/a/b/3.jpg": "dog",
+        "dog/a/c/4.jpg": "dog",
+    }
+
+
+def test_files_of_other_kinds_in_a_class_folder_are_kept_for_the_inspection():
+    found = label_files([*FOLDERS, "Cat/Thumbs.db", "Dog/notes"])
+    assert found.labels["Cat/Thumbs.db"] == "Cat"
+    assert found.labels["Dog/notes"] == "Dog"
+
+
+def test_kaggle_names():
+    found = label_files(["train/", "train/cat.0.jpg", "train/cat.12499.jpg", "train/dog.7.JPG"])
+    assert found.classes == ("cat", "dog")
+    assert found.labels == {"train/cat.0.jpg": "cat", "train/cat.12499.jpg": "cat", "train/dog.7.JPG": "dog"}
+
+
+def test_kaggle_names_in_split_folders_are_classes_not_splits():
+    names = [
+        f"{split}/{name}s/{name}.{n}.jpg" for split in ("train", "validation") for name in ("cat", "dog") for n in "12"
+    ]
+    found = label_files(names)
+    assert found.classes == ("cat", "dog")
+    assert len(found.labels) == len(names)
+
+
+def test_other_names_among_kaggle_names_have_no_class():
+    found = label_files(["cat.1.jpg", "cat.2.jpg", "dog.1.jpg", "dog.2.jpg", "cover.jpg", "dog.x.jpg"])
+    assert found.unlabelled == dict.fromkeys(["cover.jpg", "dog.x.jpg"], "no class in its name")
+
+
+def test_few_names_with_a_number_do_not_make_kaggle_names():
+    found = label_files([*FOLDERS, "Dog/holiday.1.jpg"])
+    assert found.labels["Dog/holiday.1.jpg"] == "Dog"
+    assert found.classes == ("Cat", "Dog")
+
+
+def test_numbered_logs_do_not_make_kaggle_names():
+    found = label_files([*FOLDERS, "log.1.txt", "log.2.txt", "log.3.txt"])
+    assert found.classes == ("Cat", "Dog")
+
+
+def test_numbered_names_without_a_class_leave_the_class_to_the_folders():
+    names = ["Cat/img.1.jpg", "Cat/img.2.jpg", "Dog/img.3.jpg", "Dog/img.4.jpg"]
+    assert label_files(names).labels == {name: name.split("/")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", ["__MACOSX/Cat/._0.jpg", "Cat/.DS_Store", ".cache/x.jpg", "Dog/.hidden/1.jpg"])
+def test_hidden_files_have_no_class_and_say_so(name):
+    found = label_files([*FOLDERS, name])
+    assert found.unlabelled == {name: "hidden file"}
+    assert found.classes == ("Cat", "Dog")
+
+
+def test_hidden_folders_are_no_classes_even_when_empty():
+    assert label_files([*FOLDERS, "__MACOSX/", ".git/", "__MACOSX/Cat/"]).classes == ("Cat", "Dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [("a/b.jpg", False), ("a/.b.jpg", True), (".a/b.jpg", True), ("x/__MACOSX/b", True), ("a..b", False)],
+)
+def test_what_counts_as_hidden(name, hidden):
+    assert is_hidden(name) is hidden
+
+
+def test_names_of_any_script():
+    found = label_files(["Köter/1.jpg", "猫/画像.png", "собака/фото.jpeg"])
+    assert found.classes == ("Köter", "собака", "猫")
+    assert found.labels["猫/画像.png"] == "猫"
+
+
+def test_classes_are_sorted_and_told_apart_by_case():
+    assert label_files(["b/1.jpg", "a/1.jpg", "B/1.jpg"]).classes == ("B", "a", "b")
+
+
+def test_order_of_the_names_does_not_matter():
+    names = [*FOLDERS, "x.jpg", ".y.jpg"]
+    assert label_files(names) == label_files(reversed(names)) == label_files(iter(names))
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_suffixes_count_in_any_case(suffix):
+    assert label_files([f"a/1{suffix}", f"b/1{suffix.upper()}"]).classes == ("a", "b")
+
+
+@pytest.mark.parametrize("extra", ["bird/", "bird/readme.txt", "bird/.keep", "bird/sub/"])
+@pytest.mark.parametrize("top", ["", "data/"])
+def test_class_folder_without_images_is_named(extra, top):
+    if extra == "bird/.keep":
+        extra = "bird/"  # a hidden file does not fill a folder
+    names = [top + name for name in [*FOLDERS, extra]]
+    assert message(names) == "class folder 'bird' holds no images; fill it or remove it"
+
+
+def test_empty_folder_is_named_also_when_one_class_is_left():
+    assert "'Dog' holds no images" in message(["PetImages/Cat/1.jpg", "PetImages/Dog/"])
+
+
+@pytest.mark.parametrize("names", [["cat/1.jpg", "cat/2.jpg"], ["data/cat/1.jpg"], ["cat.1.jpg", "cat.2.jpg"]])
+def test_one_class_is_too_few(names):
+    assert "only the class 'cat'" in message(names)
+
+
+def test_no_folder_is_too_few():
+    assert "no class folder" in message(["1.jpg", "2.jpg"])
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("Train", "VALID"), ("training", "validation", "testing")])
+def test_splits_are_no_classes(splits):
+    told = message([f"data/{split}/{name}" for split in splits for name in ("1.jpg", "2.jpg")])
+    assert "splits, not classes" in told
+    assert all(split in told for split in splits)
+
+
+def test_one_name_like_a_split_among_classes_is_a_class():
+    assert label_files(["train/1.jpg", "bus/1.jpg"]).classes == ("bus", "train")
+
+
+@pytest.mark.parametrize("names", [[], ["Cat/", "Dog/"], ["Cat/1.txt", "Dog/2.pdf"], [".a.jpg", "__MACOSX/Cat/1.jpg"]])
+def test_no_images_at_all(names):
+    files = sum(not name.endswith("/") for name in names)
+    assert f"no image files among its {files} files" in message(names)

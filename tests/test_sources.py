@@ -1,0 +1,323 @@
+"""Every kind of source ends as one whole zip archive, or as one sentence and no file."""
+
+import hashlib
+import io
+import os
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from catdog.errors import CatdogError
+from catdog.sources import SourceFacts, fetch
+
+FILES = {
+    "Cat/0.jpg": b"first" * 1000,
+    "Cat/Ä 猫.jpg": b"",
+    "Dog/deep/1.png": os.urandom(3000),
+    ".DS_Store": b"hidden",
+}
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    return tmp_path / "data" / "raw.zip"
+
+
+def bring(dataset, target: Path, root: Path | None = None) -> SourceFacts:
+    return fetch(str(dataset), target, root=root or target.parents[1], seed=1, sample_images=4)
+
+
+def refused(dataset, target: Path) -> str:
+    """The sentence that refuses a data set; no file may be left, whole or in part."""
+    with pytest.raises(CatdogError) as caught:
+        bring(dataset, target)
+    assert not target.parent.exists() or list(target.parent.iterdir()) == []
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+
+
+def make_folder(folder: Path, files=FILES) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def make_zip(path: Path, files=FILES, method=zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def make_tar(path: Path, mode: str, files=FILES, prefix="") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(prefix + name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def tar_with(path: Path, *members: tarfile.TarInfo) -> Path:
+    make_tar(path, "w")
+    with tarfile.open(path, "a") as archive:
+        for member in members:
+            archive.addfile(member)
+    return path
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname = kind, link
+    return made
+
+
+def test_zip_is_copied_byte_for_byte(tmp_path, target):
+    source = make_zip(tmp_path / "pets.zip")
+    facts = bring(source, target)
+    assert target.read_bytes() == source.read_bytes()
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert facts == SourceFacts("zip", str(source), len(FILES), source.stat().st_size, digest)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "w:bz2"])
+@pytest.mark.parametrize("prefix", ["", "./"])
+def test_tar_is_repacked_with_the_same_names_and_contents(tmp_path, target, mode, prefix):
+    facts = bring(make_tar(tmp_path / "pets", mode, prefix=prefix), target)
+    assert contents(target) == FILES
+    assert (facts.kind, facts.files, facts.bytes) == ("tar", len(FILES), target.stat().st_size)
+    assert facts.sha256 == hashlib.sha256(target.read_bytes()).hexdigest()
+
+
+def test_folder_is_packed_with_the_same_names_and_contents(tmp_path, target):
+    facts = bring(make_folder(tmp_path / "pets"), target)
+    assert contents(target) == FILES
+    assert (facts.kind, facts.files) == ("folder", len(FILES))
+
+
+def test_kind_is_told_by_content_not_by_name(tmp_path, target):
+    assert bring(make_zip(tmp_path / "pets.tar.gz"), target).kind == "zip"
+    assert bring(make_tar(tmp_path / "other.zip", "w:gz"), target).kind == "tar"
+
+
+def test_tar_that_ends_with_a_zip_is_a_tar(tmp_path, target):
+    inner = make_zip(tmp_path / "inner.zip", {"x.txt": b"x"}).read_bytes()
+    facts = bring(make_tar(tmp_path / "pets.tar", "w", {**FILES, "inner.zip": inner}), target)
+    assert facts.kind == "tar"
+    assert contents(target) == {**FILES, "inner.zip": inner}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_empty_folders_are_kept_and_not_counted(tmp_path, target, kind):
+    if kind == "folder":
+        source = make_folder(tmp_path / "pets")
+        (source / "Bird").mkdir()
+    else:
+        source = tar_with(tmp_path / "pets.tar", member("./Bird", tarfile.DIRTYPE), member("./", tarfile.DIRTYPE))
+    facts = bring(source, target)
+    with zipfile.ZipFile(target) as archive:
+        assert "Bird/" in archive.namelist()
+    assert facts.files == len(FILES)
+
+
+def test_folder_gives_the_same_bytes_whatever_dates_modes_and_order_of_creation(tmp_path, target):
+    one = make_folder(tmp_path / "one")
+    two = make_folder(tmp_path / "two", dict(reversed(FILES.items())))
+    for number, path in enumerate(sorted(two.rglob("*"))):
+        path.chmod(0o755 if path.is_dir() else 0o400)
+        os.utime(path, (number * 1e8, number * 1e8))
+    first = bring(one, target).sha256
+    target.unlink()
+    assert bring(two, target).sha256 == first
+    (two / "Cat" / "0.jpg").rename(two / "Cat" / "1.jpg")
+    assert bring(two, target).sha256 != first
+
+
+def test_links_in_a_folder_are_followed(tmp_path, target):
+    source = make_folder(tmp_path / "pets")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "9.jpg").write_bytes(b"nine")
+    (source / "Bird").symlink_to(tmp_path / "elsewhere")
+    (source / "Dog" / "link.jpg").symlink_to(source / "Cat" / "0.jpg")
+    bring(source, target)
+    assert contents(target) == {**FILES, "Bird/9.jpg": b"nine", "Dog/link.jpg": FILES["Cat/0.jpg"]}
+
+
+def test_dead_link_and_link_upwards_are_named(tmp_path, target):
+    source = make_folder(tmp_path / "pets")
+    (source / "dead").symlink_to(source / "nothing")
+    assert f"link to nothing: {source / 'dead'}" in refused(source, target)
+    (source / "dead").unlink()
+    (source / "Cat" / "up").symlink_to(source)
+    assert f"link to a folder above itself: {source / 'Cat' / 'up'}" in refused(source, target)
+
+
+def test_relative_path_starts_at_the_root(tmp_path, target, monkeypatch):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    make_folder(root / "pets", {"a.jpg": b"right"})
+    make_folder(elsewhere / "pets", {"a.jpg": b"wrong"})
+    monkeypatch.chdir(elsewhere)
+    facts = bring("pets", target, root=root)
+    assert contents(target) == {"a.jpg": b"right"}
+    assert facts.location == "pets"
+
+
+def test_tilde_is_the_home_folder(tmp_path, target, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    make_folder(tmp_path / "home" / "pets")
+    assert bring("~/pets", target).files == len(FILES)
+
+
+def test_sample_is_drawn(tmp_path, target):
+    facts = bring("sample", target)
+    assert (facts.kind, facts.files) == ("sample", 4)
+    again = tmp_path / "again" / "raw.zip"
+    assert bring("sample", again).sha256 == facts.sha256
+
+
+def test_missing_path_is_named_with_the_place_looked_at(tmp_path, target):
+    told = refused("data/none.zip", target)
+    assert "'data/none.zip' does not exist" in told
+    assert str(tmp_path / "data" / "none.zip") in told
+
+
+def test_name_too_long_for_a_file_is_one_sentence(target):
+    refused("x" * 300, target)
+
+
+def test_empty_file_is_told(tmp_path, target):
+    (tmp_path / "pets.zip").touch()
+    assert "the file is empty (0 bytes)" in refused("pets.zip", target)
+
+
+def test_file_that_is_no_archive_is_told(tmp_path, target):
+    (tmp_path / "pets.zip").write_text("<html>404</html>" * 100)
+    assert "no archive that can be read" in refused("pets.zip", target)
+
+
+def test_truncated_zip_is_told(tmp_path, target):
+    whole = make_zip(tmp_path / "pets.zip").read_bytes()
+    (tmp_path / "pets.zip").write_bytes(whole[: len(whole) * 2 // 3])
+    assert "no archive that can be read" in refused("pets.zip", target)
+
+
+def test_zip_with_a_broken_directory_is_told(tmp_path, target):
+    whole = bytearray(make_zip(tmp_path / "pets.zip").read_bytes())
+    whole[whole.index(b"PK\x01\x02")] = 0
+    (tmp_path / "pets.zip").write_bytes(whole)
+    assert "damaged zip archive" in refused("pets.zip", target)
+
+
+def test_zip_with_a_password_is_told_with_a_member(tmp_path, target):
+    whole = bytearray(make_zip(tmp_path / "pets.zip").read_bytes())
+    second = whole.index(b"PK\x01\x02", whole.index(b"PK\x01\x02") + 4)
+    whole[second + 8] |= 0x1  # the general purpose flag in the directory
+    (tmp_path / "pets.zip").write_bytes(whole)
+    told = refused("pets.zip", target)
+    assert "protected by a password (Cat/Ä 猫.jpg)" in told
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+@pytest.mark.parametrize("share", [0.4, 0.9])
+def test_truncated_tar_is_told(tmp_path, target, mode, share):
+    big = {f"Cat/{number}.jpg": os.urandom(100_000) for number in range(5)}
+    whole = make_tar(tmp_path / "pets.tar", mode, big).read_bytes()
+    (tmp_path / "pets.tar").write_bytes(whole[: int(len(whole) * share)])
+    assert "damaged tar archive" in refused("pets.tar", target)
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
+@pytest.mark.parametrize("flipped", [1, 50])
+def test_compressed_tar_with_flipped_bytes_is_told(tmp_path, target, mode, flipped):
+    photos = {f"Cat/{number}.jpg": np.random.default_rng(number).bytes(400_000) for number in range(3)}
+    whole = bytearray(make_tar(tmp_path / "pets.tar", mode, photos).read_bytes())
+    middle = len(whole) * 4 // 5
+    whole[middle : middle + flipped] = bytes(value ^ 0xFF for value in whole[middle : middle + flipped])
+    (tmp_path / "pets.tar").write_bytes(whole)
+    assert "damaged tar archive" in refused("pets.tar", target)
+
+
+def test_tar_with_a_damaged_header_in_its_middle_is_told_not_cut_short(tmp_path, target):
+    whole = bytearray(make_tar(tmp_path / "pets.tar", "w").read_bytes())
+    whole[whole.index(b"Dog/deep/1.png")] ^= 0xFF
+    (tmp_path / "pets.tar").write_bytes(whole)
+    assert "damaged tar archive" in refused("pets.tar", target)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_tar_with_a_link_or_a_device_is_told(tmp_path, target, kind):
+    tar_with(tmp_path / "pets.tar", member("Dog/x.jpg", kind, "Cat/0.jpg"))
+    assert "neither a file nor a folder: 'Dog/x.jpg'" in refused("pets.tar", target)
+
+
+@pytest.mark.parametrize("name", ["../out.jpg", "Cat/../../out.jpg", "/etc/out.jpg", "./../out.jpg"])
+def test_tar_with_a_member_that_leaves_it_is_told(tmp_path, target, name):
+    tar_with(tmp_path / "pets.tar", member(name))
+    assert "leaves the archive" in refused("pets.tar", target)
+    assert not (tmp_path / "out.jpg").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_name_that_is_no_utf8_is_kept_or_told(tmp_path, target, kind):
+    if kind == "folder":
+        source = make_folder(tmp_path / "pets", {"Dog/1.jpg": b"1"})
+        Path(os.fsdecode(os.fsencode(source / "Dog") + b"/K\xf6ter.jpg")).write_bytes(b"2")
+    else:
+        source = tmp_path / "pets.tar"
+        with tarfile.open(source, "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
+            archive.addfile(member("Dog/K\xf6ter.jpg"))
+    try:
+        facts = bring(source, target)
+    except CatdogError as error:
+        assert "ter.jpg" in str(error)
+        assert list(target.parent.iterdir()) == []
+    else:
+        assert len(contents(target)) == facts.files
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_source_without_files_is_told(tmp_path, target, kind):
+    source = tmp_path / "pets"
+    if kind == "folder":
+        (source / "Cat").mkdir(parents=True)
+    elif kind == "zip":
+        make_zip(source, {"Cat/": b""})
+    else:
+        with tarfile.open(source, "w") as archive:
+            archive.addfile(member("Cat", tarfile.DIRTYPE))
+    assert "holds no files" in refused(source, target)
+
+
+def test_too_little_room_is_told_before_copying(tmp_path, target, monkeypatch):
+    source = make_zip(tmp_path / "pets.zip")
+    usage = type("Usage", (), {"free": source.stat().st_size - 1})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    assert "MB free" in refused(source, target)
+
+
+def test_failure_leaves_the_former_archive_alone(tmp_path, target):
+    bring(make_zip(tmp_path / "pets.zip"), target)
+    before = target.read_bytes()
+    with pytest.raises(CatdogError):
+        bring(tar_with(tmp_path / "bad.tar", member("../x")), target)
+    assert target.read_bytes() == before
+    assert [path.name for path in target.parent.iterdir()] == ["raw.zip"]
+
+
+def test_name_that_stands_twice_in_a_tar_does_not_stop_it(tmp_path, target):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bring(tar_with(tmp_path / "pets.tar", member("Cat/0.jpg")), target)
+    with zipfile.ZipFile(target) as archive:
+        assert archive.read("Cat/0.jpg") == b""  # the last one, as tar extracts it
