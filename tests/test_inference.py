@@ -174,3 +174,29 @@ def test_with_another_backend_auto_is_keras_and_openvino_is_refused(monkeypatch)
     assert choose_engine("auto") == "keras"
     with pytest.raises(CatdogError, match="backend is jax"):
         choose_engine("openvino")
+
+
+DROP = """
+import sys
+import keras, numpy as np
+from catdog.inference import compile_forward
+
+pixels = keras.Input((32, 32, 3))
+model = keras.Model(pixels, keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(8, 3)(pixels)))
+batch = np.zeros((4, 32, 32, 3), np.uint8)
+for _ in range(20):
+    forward = compile_forward(model, "openvino")
+    assert forward([batch] * 9).shape == (36, 8)
+    del forward  # its threads end here
+assert sys.modules["openvino_telemetry"] is None
+"""
+
+
+def test_a_dropped_model_neither_blocks_nor_reports_its_use(tmp_path):
+    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("CI", None)
+    done = subprocess.run(
+        [sys.executable, "-c", DROP], env=environment, timeout=120, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "intel").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -68,6 +69,8 @@ def _compile_keras(model: keras.Model) -> Forward:
 
 
 def _compile_openvino(model: keras.Model) -> Forward:
+    # OpenVINO reports every import to its makers, unless its reporter cannot be imported.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
     import tensorflow as tf
     from openvino.preprocess import PrePostProcessor
@@ -78,7 +81,6 @@ def _compile_openvino(model: keras.Model) -> Forward:
     graph = convert_variables_to_constants_v2(concrete).graph.as_graph_def()
     core = openvino.Core()
     with tempfile.TemporaryDirectory() as folder:
-        # Read from a file by the runtime itself: `openvino.convert_model` would report its use to its makers.
         path = Path(folder, "model.pb")
         path.write_bytes(graph.SerializeToString())
         network = core.read_model(path)
