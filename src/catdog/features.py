@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +31,11 @@ def embed_shard(shard: Path, folder: Path, forward: Forward, *, batch_size: int)
     reader = RecordReader([shard], batch_size)
     features = forward(reader)
     for kind, values in (("features", features), ("labels", reader.labels)):
-        with written_aside(folder / f"{shard.stem}.{kind}.npy") as aside, aside.open("wb") as file:
-            np.save(file, values)
+        # Not straight to the file: there NumPy writes on its own, and a full disk is an error without a number.
+        content = io.BytesIO()
+        np.save(content, values)
+        with written_aside(folder / f"{shard.stem}.{kind}.npy") as aside:
+            aside.write_bytes(content.getbuffer())
     return len(features)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,7 +138,8 @@ def class_probabilities(output: npt.NDArray[np.float32]) -> npt.NDArray[np.float
 def save_model(model: keras.Model, info: ModelInfo, path: Path) -> None:
     """Writes a .keras file that also holds `info`, with bytes that depend on nothing but the two.
 
-    Keras puts the time into the file; here every date is fixed. Keras ignores the extra member when it loads.
+    Keras puts the time and addresses in memory into the file; here both are fixed. It ignores the extra member
+    when it loads.
     """
     with written_aside(path) as aside:
         # Keras insists on the ending.
@@ -148,14 +150,22 @@ def save_model(model: keras.Model, info: ModelInfo, path: Path) -> None:
                 for name in sorted(source.namelist()):
                     content = source.read(name)
                     if name == "metadata.json":
-                        metadata = json.loads(content)
-                        metadata["date_saved"] = "1980-01-01@00:00:00"
-                        content = json.dumps(metadata, sort_keys=True).encode()
+                        content = json.dumps(json.loads(content) | {"date_saved": "1980-01-01@00:00:00"}).encode()
+                    elif name == "config.json":
+                        content = _number_shared_objects(content.decode()).encode()
                     target.writestr(zipfile.ZipInfo(name, _ZIP_DATE), content)
                 description = json.dumps(asdict(info), indent=2).encode()
                 target.writestr(zipfile.ZipInfo(_INFO_MEMBER, _ZIP_DATE), description)
         finally:
             saved.unlink(missing_ok=True)
+
+
+def _number_shared_objects(config: str) -> str:
+    """Numbers the objects that a model's configuration shares by their order, where Keras writes their addresses."""
+    numbers: dict[str, int] = {}
+    return re.sub(
+        r'(?<="shared_object_id": )\d+', lambda match: str(numbers.setdefault(match[0], len(numbers))), config
+    )
 
 
 def read_info(path: Path) -> ModelInfo:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +68,7 @@ def write_shard(
 
     target = folder / shard.name
     with (
+        _disk_full_as_os_error(target),
         zipfile.ZipFile(raw) as archive,
         written_aside(target) as aside,
         tf.io.TFRecordWriter(str(aside)) as writer,
@@ -81,6 +84,17 @@ def write_shard(
             example = tf.train.Example(features=tf.train.Features(feature=features))
             writer.write(example.SerializeToString(deterministic=True))
     return target.stat().st_size
+
+
+@contextlib.contextmanager
+def _disk_full_as_os_error(path: Path) -> Iterator[None]:
+    """Turns TensorFlow's own exception for a full disk into Python's."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        raise OSError(errno.ENOSPC, str(error), str(path)) from None
 
 
 def map_shards(function: Callable[[Item], Result], shards: Sequence[Item], *, workers: int) -> Iterator[Result]:

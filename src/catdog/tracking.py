@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import resource
 import signal
@@ -138,11 +139,25 @@ def stage(name: str) -> Iterator[StageRun]:
             place = error.filename or "the disk"
             _stop(name, f"no space left for {place}; free some (`dvc gc --workspace`) and run again")
         raise
+    except Exception as error:
+        if not _is_store_error(error):
+            raise
+        cause = " ".join(str(error).split())[:200]
+        _stop(
+            name,
+            f"the tracking store {os.environ.get('MLFLOW_TRACKING_URI') or 'mlflow.db'} failed ({cause}); check that "
+            "it can be reached and that its disk is not full",
+        )
 
 
 def _stop(name: str, sentence: str) -> NoReturn:
     print(f"catdog {name}: {sentence}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _is_store_error(error: Exception) -> bool:
+    """Says whether MLflow, or the database or server under it, failed; MLflow is imported late, hence by name."""
+    return type(error).__module__.partition(".")[0] in ("mlflow", "sqlalchemy", "sqlite3", "requests")
 
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
@@ -173,12 +188,17 @@ def _stage_run(name: str, params: Params | None, root: Path) -> Iterator[tuple[M
         status = "KILLED"
         raise
     except BaseException as error:
-        client.set_tag(run_id, "error", str(error)[:5000])
+        with contextlib.suppress(Exception):
+            client.set_tag(run_id, "error", str(error)[:5000])
         raise
     finally:
-        client.set_terminated(run_id, status)
-        if status != "FINISHED":
-            client.set_terminated(parent.info.run_id, status)
+        if status == "FINISHED":
+            client.set_terminated(run_id, status)
+        else:
+            # The error under way tells more than one about a store that cannot be written either.
+            with contextlib.suppress(Exception):
+                client.set_terminated(run_id, status)
+                client.set_terminated(parent.info.run_id, status)
 
 
 def connect(root: Path) -> MlflowClient:
@@ -186,24 +206,35 @@ def connect(root: Path) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # MLflow's own seven retries keep silent for minutes when a server does not answer.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    # It prints the trace of an error that it raises as well.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from filelock import FileLock
     from mlflow import MlflowClient, set_tracking_uri
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    local = uri is None
-    if uri is None:
-        uri = f"sqlite:///{root / 'mlflow.db'}"
+    local = not uri
+    uri = uri or f"sqlite:///{root / 'mlflow.db'}"
     set_tracking_uri(uri)
-    client = MlflowClient(tracking_uri=uri)
-    lock = root / ".dvc" / "tmp" / "mlflow.lock"
+    lock = _store_lock(uri, root)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes that create the database at once fail in its migration.
+    # Two processes that create the database at once, which the client's constructor does, fail in its migration.
     with FileLock(lock):
+        client = MlflowClient(tracking_uri=uri)
         if client.get_experiment_by_name(experiment_name()) is None:
             # Without a location of its own, MLflow fixes the artifacts' place from the working directory.
             location = (root / "mlruns").as_uri() if local else None
             client.create_experiment(experiment_name(), artifact_location=location)
     return client
+
+
+def _store_lock(uri: str, root: Path) -> Path:
+    """The file that keeps others from creating the same store: beside a database that the user named."""
+    named = uri.removeprefix("sqlite:///")
+    if named != uri and Path(named) != root / "mlflow.db":
+        return Path(f"{named}.lock")
+    return root / ".dvc" / "tmp" / "mlflow.lock"
 
 
 def experiment_name() -> str:

@@ -1,0 +1,228 @@
+"""What the pipeline writes into MLflow, in every way of running it."""
+
+import json
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import pytest
+
+from catdog.config import load_params
+from conftest import STAGES
+
+TEST_METRICS = {"accuracy", "precision", "recall", "f1", "roc_auc", "log_loss", "test_images"}
+
+
+def artifact(run, name):
+    """The file on disk of a run's artifact."""
+    return Path(url2pathname(urlparse(run.info.artifact_uri).path)) / name
+
+
+def require_complete(project, store, parent, live, *, params=None):
+    """A parent that tells everything: itself and its stages finished, every parameter, every number."""
+    assert parent.info.status == "FINISHED"
+    flat = load_params(project.root / "params.yaml").flat() | (params or {})
+    assert parent.data.params == flat
+    finished = [run for run in store.children(parent) if run.info.status == "FINISHED"]
+    assert sorted(run.info.run_name for run in finished) == sorted(
+        name if name in live else f"{name} (cached)" for name in STAGES
+    )
+    assert {run.data.tags["pipeline.stage"] for run in finished} == set(STAGES)
+    for run in finished:
+        stage = run.data.tags["pipeline.stage"]
+        if stage == "track":
+            continue
+        assert run.data.metrics, f"{stage} has no numbers"
+        for name, value in run.data.metrics.items():
+            plain = stage == "evaluate" and name in TEST_METRICS
+            assert parent.data.metrics[name if plain else f"{stage}.{name}"] == value
+    assert set(parent.data.metrics) >= TEST_METRICS
+
+
+# The first `dvc repro`
+
+
+def test_first_repro_has_one_complete_parent(finished):
+    (parent,) = finished.store().parents()
+    require_complete(finished, finished.store(), parent, STAGES)
+    assert [run.info.run_name for run in finished.store().children(parent)] == list(STAGES)
+
+
+def test_test_metrics_are_those_of_the_report(finished):
+    (parent,) = finished.store().parents()
+    report = json.loads((finished.root / "reports/metrics.json").read_text())
+    assert {name: parent.data.metrics[name] for name in report} == report
+    assert set(report) == TEST_METRICS
+
+
+def test_runs_name_the_git_revision(finished):
+    first = finished.git("rev-list", "--max-parents=0", "HEAD")
+    for run in finished.store().runs():
+        assert run.data.tags["mlflow.source.git.commit"] == first
+
+
+@pytest.mark.parametrize(
+    ("stage", "data"),
+    [
+        ("split", "data/raw.zip"),
+        ("preprocess", "data/manifest.csv"),
+        ("embed", "data/tfrecords"),
+        ("train", "data/features"),
+        ("evaluate", "data/tfrecords"),
+    ],
+)
+def test_a_stage_names_its_data_by_dvcs_hash(finished, stage, data):
+    run = finished.store().last_child(stage)
+    (named,) = run.inputs.dataset_inputs
+    assert named.dataset.digest == finished.out_hashes()[data]
+
+
+def test_parent_names_every_output_by_dvcs_hash(finished):
+    (parent,) = finished.store().parents()
+    tags = {name: value for name, value in parent.data.tags.items() if name.startswith("dvc.out.")}
+    assert tags == {f"dvc.out.{path}": digest for path, digest in finished.out_hashes().items()}
+
+
+def test_pictures_are_artifacts_on_disk(finished):
+    store = finished.store()
+    (parent,) = store.parents()
+    for run, name in (
+        (parent, "evaluation/confusion.png"),
+        (parent, "learning_curves.png"),
+        (parent, "metrics.json"),
+        (store.last_child("split"), "data/montage.png"),
+        (store.last_child("train"), "learning_curves.png"),
+        (store.last_child("evaluate"), "predictions.csv"),
+    ):
+        assert artifact(run, name).stat().st_size > 0
+        assert artifact(run, name).is_relative_to(finished.root / "mlruns")
+
+
+def test_curves_have_a_point_an_epoch(finished):
+    store = finished.store()
+    epochs = len((finished.root / "reports/history.csv").read_text().splitlines()) - 1
+    points = store.client.get_metric_history(store.last_child("train").info.run_id, "val_loss")
+    assert [point.step for point in points] == list(range(1, epochs + 1))
+
+
+def test_repro_without_change_adds_no_run(finished):
+    before = [run.info.run_id for run in finished.store().runs()]
+    assert finished.repro() == []
+    assert [run.info.run_id for run in finished.store().runs()] == before
+
+
+# A stage that fails, is terminated, is killed; then the pipeline goes on
+
+
+def test_failed_stage_is_marked(interruptions):
+    assert interruptions["failed"] == {"child": "FAILED", "parent": "FAILED"}
+
+
+def test_terminated_stage_is_marked(interruptions):
+    assert interruptions["SIGTERM"] == {"child": "KILLED", "parent": "KILLED"}
+
+
+def test_killed_stage_cannot_mark_itself(interruptions):
+    assert interruptions["SIGKILL"]["child"] == "RUNNING"
+
+
+def test_next_repro_goes_on_and_completes_the_same_parent(elsewhere, other_store, interruptions):
+    assert interruptions["stages run"] == ["train", "evaluate", "track"]
+    (parent,) = other_store.parents()
+    require_complete(elsewhere, other_store, parent, STAGES)
+    attempts = {
+        name: [run.info.status for run in other_store.children(parent) if run.info.run_name == name] for name in STAGES
+    }
+    once = ["FINISHED"]
+    assert attempts == dict.fromkeys(STAGES, once) | {
+        "preprocess": ["FAILED", "FINISHED"],
+        "train": ["KILLED", "KILLED", "FINISHED"],
+    }
+
+
+# Changed parameters, in every way of running
+
+
+def test_repro_after_a_change_has_a_parent_of_its_own(experiments):
+    first, second, *_ = experiments.store().parents()
+    assert second.info.run_name.startswith("repro-")
+    assert second.info.run_name != first.info.run_name
+    require_complete(
+        experiments, experiments.store(), second, ("evaluate", "track"), params={"evaluate.threshold": "0.6"}
+    )
+
+
+def test_cached_stages_keep_the_numbers_of_the_run_that_did_the_work(experiments):
+    store = experiments.store()
+    first, second, *_ = store.parents()
+    original = {run.info.run_name: run for run in store.children(first)}
+    for run in store.children(second):
+        name, cached, _ = run.info.run_name.partition(" (cached)")
+        if cached:
+            assert run.data.metrics == original[name].data.metrics
+            assert run.data.tags["pipeline.cached_from"] == original[name].info.run_id
+    assert second.data.metrics["embed.images_per_second"] == first.data.metrics["embed.images_per_second"]
+
+
+@pytest.mark.parametrize(
+    ("name", "live", "params"),
+    [
+        ("vgg16", ("embed", "train", "evaluate", "track"), {"backbone": "vgg16"}),
+        ("calm", ("train", "evaluate", "track"), {"train.learning_rate": "0.001"}),
+        ("again", ("track",), {"backbone": "vgg16"}),
+        ("strict", ("track",), {"evaluate.threshold": "0.6"}),
+    ],
+    ids=["queue, first worker", "queue, second worker", "temporary folder, all cached", "workspace, all cached"],
+)
+def test_experiment_has_one_complete_parent_of_its_name(experiments, name, live, params):
+    parent = experiments.store().parent_named(name)
+    require_complete(experiments, experiments.store(), parent, live, params=params)
+    for run in (parent, *experiments.store().children(parent)):
+        assert run.data.tags["dvc.exp_name"] == name
+        assert run.data.tags["mlflow.source.git.commit"] == experiments.git("rev-parse", "HEAD")
+
+
+def test_no_experiment_leaves_a_run_too_many(experiments):
+    store = experiments.store()
+    assert [run.info.run_name for run in store.parents()][2:] in (
+        ["vgg16", "calm", "again", "strict"],
+        ["calm", "vgg16", "again", "strict"],  # the two workers start as they please
+    )
+    assert {run.info.status for run in store.runs()} == {"FINISHED"}
+
+
+def test_experiment_from_the_cache_has_the_numbers_of_the_first(experiments):
+    first, again = (experiments.store().parent_named(name).data.metrics for name in ("vgg16", "again"))
+    own = {"track.seconds", "track.peak_memory_mb"}
+    assert {k: v for k, v in first.items() if k not in own} == {k: v for k, v in again.items() if k not in own}
+
+
+# The store
+
+
+CONNECT = """
+import sys, time
+from pathlib import Path
+import mlflow.store.tracking.sqlalchemy_store
+from catdog.tracking import connect
+
+deadline = time.monotonic() + 30
+me, rounds = sys.argv[1], [Path(name) for name in sys.argv[2:]]
+for root in rounds:
+    (root / me).touch()
+    while len(list(root.glob("process-*"))) < 2:  # the other one is as far
+        assert time.monotonic() < deadline, "the other process has gone"
+        time.sleep(0.001)
+    client = connect(root)
+    experiment = client.get_experiment_by_name("catdog")
+    client.set_terminated(client.create_run(experiment.experiment_id).info.run_id)
+"""
+
+
+def test_two_pipelines_may_create_the_store_at_once(finished, tmp_path):
+    rounds = [tmp_path / str(number) for number in range(3)]
+    for root in rounds:
+        root.mkdir()
+    started = [finished.start("python", "-c", CONNECT, f"process-{n}", *rounds, PYTHONPATH="src") for n in range(2)]
+    complaints = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "".join(complaints)
