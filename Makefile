@@ -20,7 +20,7 @@ repro: setup  ## run what changed of the pipeline
 	dvc repro
 
 test: setup  ## run the tests
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	ruff check src stages tests benchmarks

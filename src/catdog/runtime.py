@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from catdog.startup import quick_imports
+
 
 def prepare_keras(seed: int) -> None:
     """Imports Keras with the settings every stage shares. Call it before anything else imports Keras.
@@ -18,7 +20,7 @@ def prepare_keras(seed: int) -> None:
         seed: seeds Python, NumPy and the backend.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with _notices_held_back():
+    with quick_imports(), _notices_held_back():
         import keras
 
         if keras.backend.backend() == "tensorflow":

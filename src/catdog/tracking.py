@@ -9,8 +9,10 @@ MLflow is imported late: it takes seconds, and `catdog --help` or a mistake in p
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -33,6 +35,7 @@ from catdog import paths
 from catdog.config import Params, load_params
 from catdog.errors import CatdogError
 from catdog.files import read_json, write_json
+from catdog.startup import quick_imports
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -119,6 +122,7 @@ def stage(name: str) -> Iterator[StageRun]:
     likewise; both mark the run FAILED, as every other exception does. SIGTERM marks it KILLED.
     """
     signal.signal(signal.SIGTERM, _raise_terminated)
+    atexit.register(gc.freeze)  # nothing is left to collect in a process that ends
     started = time.monotonic()
     try:
         root = paths.repository_root()
@@ -210,8 +214,9 @@ def connect(root: Path) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     # It prints the trace of an error that it raises as well.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    from filelock import FileLock
-    from mlflow import MlflowClient, set_tracking_uri
+    with quick_imports():
+        from filelock import FileLock
+        from mlflow import MlflowClient, set_tracking_uri
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     local = not uri
@@ -220,7 +225,7 @@ def connect(root: Path) -> MlflowClient:
     lock = _store_lock(uri, root)
     lock.parent.mkdir(parents=True, exist_ok=True)
     # Two processes that create the database at once, which the client's constructor does, fail in its migration.
-    with FileLock(lock):
+    with FileLock(lock), quick_imports():
         client = MlflowClient(tracking_uri=uri)
         if client.get_experiment_by_name(experiment_name()) is None:
             # Without a location of its own, MLflow fixes the artifacts' place from the working directory.

@@ -53,8 +53,8 @@ def fit_head(
     optimizer = keras.optimizers.get(
         {"class_name": params.optimizer, "config": {"learning_rate": params.learning_rate}}
     )
-    # XLA compiles for longer than such a head trains.
-    head.compile(optimizer=optimizer, loss=loss, metrics=[accuracy], jit_compile=False)
+    # XLA compiles for longer than such a head trains; several steps a call leave less time to calling.
+    head.compile(optimizer=optimizer, loss=loss, metrics=[accuracy], jit_compile=False, steps_per_execution=8)
     stopping = keras.callbacks.EarlyStopping(
         monitor="val_loss", patience=params.patience, restore_best_weights=True, mode="min"
     )
