@@ -72,14 +72,14 @@ class TrainParams(_Block):
 
     hidden_units: Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], BeforeValidator(_list_to_tuple)] = ()
     activation: Literal["relu", "gelu", "elu", "selu", "silu", "tanh"] = "relu"
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
     output: Literal["auto", "sigmoid", "softmax"] = "auto"
     optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"
     learning_rate: float = Field(0.001, gt=0, le=10)
     l2: float = Field(0.0, ge=0)
     batch_size: int = Field(64, ge=1, le=65_536)
-    epochs: int = Field(60, ge=1, le=100_000)
-    patience: int = Field(6, ge=1)
+    epochs: int = Field(100, ge=1, le=100_000)
+    patience: int = Field(10, ge=1)
 
 
 class EvaluateParams(_Block):
