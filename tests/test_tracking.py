@@ -77,6 +77,12 @@ def test_a_stage_names_its_data_by_dvcs_hash(finished, stage, data):
     assert named.dataset.digest == finished.out_hashes()[data]
 
 
+def test_parent_names_the_data_set_by_dvcs_hash(finished):
+    (parent,) = finished.store().parents()
+    (named,) = parent.inputs.dataset_inputs
+    assert (named.dataset.name, named.dataset.digest) == ("sample", finished.out_hashes()["data/raw.zip"])
+
+
 def test_parent_names_every_output_by_dvcs_hash(finished):
     (parent,) = finished.store().parents()
     tags = {name: value for name, value in parent.data.tags.items() if name.startswith("dvc.out.")}

@@ -389,7 +389,11 @@ def _log_stage_files(client: MlflowClient, run_id: str, name: str) -> None:
 
 
 def log_data_hash(run: StageRun, data: Path) -> None:
-    """Names the data of a run by the hash under which DVC keeps it (MLflow's "dataset" column)."""
+    """Names the data of a stage's run by the hash under which DVC keeps it (MLflow's "dataset" column)."""
+    _log_data_hash(run, run.run_id, data)
+
+
+def _log_data_hash(run: StageRun, run_id: str, data: Path) -> None:
     from mlflow.data.dataset_source_registry import get_dataset_source_from_json
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
@@ -400,7 +404,7 @@ def log_data_hash(run: StageRun, data: Path) -> None:
     source = get_dataset_source_from_json(json.dumps({"uri": data.as_posix()}), "local")
     dataset = MetaDataset(source, name=run.params.dataset[-200:], digest=out[:36])
     entity = dataset._to_mlflow_entity()
-    run.client.log_inputs(run.run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", run.name)])])
+    run.client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", run.name)])])
 
 
 def dvc_outs(lock: Path = Path("dvc.lock")) -> dict[str, str]:
