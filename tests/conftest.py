@@ -370,6 +370,14 @@ def build_elsewhere(workshop):
     workshop.record("elsewhere").write_text(json.dumps(seen))
 
 
+def build_clone(workshop):
+    """A fresh clone of the finished project with its dvc.lock, but neither cache nor runs: all comes out the same."""
+    finished = workshop.built("finished")
+    project = Project(workshop.folder / "clone", workshop.home)
+    finished.git("clone", "--quiet", str(finished.root), str(project.root))
+    workshop.record("clone").write_text(json.dumps(project.repro()))
+
+
 def declared_outs(project):
     """Every output that dvc.yaml names, by stage."""
     stages = YAML(typ="safe").load(project.root / "dvc.yaml")["stages"]
@@ -384,6 +392,7 @@ BUILDERS = {
     "shapes": build_shapes,
     "experiments": build_experiments,
     "elsewhere": build_elsewhere,
+    "clone": build_clone,
 }
 
 
@@ -413,6 +422,12 @@ def shapes(workshop):
 def elsewhere(workshop):
     """The finished project once more: another path, no cache, no network, into `other_store`; see `interruptions`."""
     return workshop.built("elsewhere")
+
+
+@pytest.fixture(scope="session")
+def clone(workshop):
+    """A fresh clone of the finished project after its first `dvc repro`; `track` had nothing new to track."""
+    return workshop.built("clone")
 
 
 @pytest.fixture(scope="session")

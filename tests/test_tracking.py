@@ -117,6 +117,19 @@ def test_repro_without_change_adds_no_run(finished):
     assert [run.info.run_id for run in finished.store().runs()] == before
 
 
+def test_a_fresh_clone_that_repeats_dvc_lock_has_a_complete_parent(clone, finished):
+    assert clone.out_hashes() == finished.out_hashes()
+    (parent,) = clone.store().parents()
+    live = [run.info.run_name for run in clone.store().children(parent)]
+    assert live in (list(STAGES), list(STAGES[:-1]))  # DVC may or may not find something for `track`
+    assert parent.info.status == "FINISHED"
+    (original,) = finished.store().parents()
+    assert {k: parent.data.metrics[k] for k in TEST_METRICS} == {k: original.data.metrics[k] for k in TEST_METRICS}
+    assert {name for name in parent.data.metrics if name.endswith("seconds")} >= {
+        f"{stage}.seconds" for stage in STAGES[:-1]
+    }
+
+
 # A stage that fails, is terminated, is killed; then the pipeline goes on
 
 

@@ -46,6 +46,7 @@ KEY_TAG = "pipeline.key"
 STAGE_TAG = "pipeline.stage"
 LOCK_TAG = "pipeline.stage_hash"
 PLACE_TAG = "pipeline.place"
+AWAITS_TRACK_TAG = "pipeline.awaits_track"
 CACHED_TAG = "pipeline.cached_from"
 PARENT_TAG = "mlflow.parentRunId"
 
@@ -67,6 +68,8 @@ STAGES: Mapping[str, StageFiles] = {
     "evaluate": StageFiles(paths.METRICS, (paths.PREDICTIONS, paths.ROC, paths.EVALUATION_PICTURES)),
 }
 """The stages that `track` completes, in the pipeline's order."""
+
+LAST_STAGE = "evaluate"
 
 
 @dataclass
@@ -136,6 +139,11 @@ def stage(name: str) -> Iterator[StageRun]:
             seconds = time.monotonic() - started
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # Linux counts in kB
             run.measure({"seconds": round(seconds, 2), "peak_memory_mb": round(peak, 1)})
+        if name == LAST_STAGE:
+            # DVC skips `track` where everything came out as dvc.lock says, as in a fresh clone: then this was all.
+            complete_parent(run)
+            parent_id = client.get_run(run_id).data.tags[PARENT_TAG]
+            client.set_tag(parent_id, AWAITS_TRACK_TAG, "true")
     except CatdogError as error:
         _stop(name, str(error))
     except OSError as error:
@@ -179,7 +187,7 @@ def _try_load_params() -> tuple[Params | None, CatdogError | None]:
 @contextlib.contextmanager
 def _stage_run(name: str, params: Params | None, root: Path) -> Iterator[tuple[MlflowClient, str]]:
     client = connect(root)
-    parent = _find_or_create_parent(client, root, params)
+    parent = _find_or_create_parent(client, root, params, name)
     tags = {PARENT_TAG: parent.info.run_id, STAGE_TAG: name, **_context_tags()}
     run_id = client.create_run(parent.info.experiment_id, tags=tags, run_name=name).info.run_id
     status = "FAILED"
@@ -269,11 +277,12 @@ def pipeline_place(root: Path) -> str:
     return f"{socket.gethostname()}:{root}"
 
 
-def _find_or_create_parent(client: MlflowClient, root: Path, params: Params | None) -> Run:
+def _find_or_create_parent(client: MlflowClient, root: Path, params: Params | None, stage_name: str) -> Run:
     """Returns the parent run of this pipeline run.
 
     One that is RUNNING, FAILED or KILLED is taken up again; one that FINISHED belongs to an earlier
-    pipeline run with the same parameters, so this one gets its own.
+    pipeline run with the same parameters, so this one gets its own. Only `track` takes up one that ended with
+    the last stage before it.
     """
     key, name = pipeline_key(root)
     experiment = client.get_experiment_by_name(experiment_name())
@@ -283,7 +292,10 @@ def _find_or_create_parent(client: MlflowClient, root: Path, params: Params | No
         order_by=["attributes.start_time DESC"],
         max_results=1,
     )
-    parent = found[0] if found and found[0].info.status != "FINISHED" else None
+    parent = found[0] if found else None
+    if parent is not None and parent.info.status == "FINISHED":
+        awaits = stage_name == "track" and parent.data.tags.get(AWAITS_TRACK_TAG) == "true"
+        parent = parent if awaits else None
     if parent is None:
         place = pipeline_place(root)
         if "DVC_EXP_NAME" not in os.environ:
@@ -466,6 +478,7 @@ def complete_parent(run: StageRun) -> str:
     for file in (paths.LEARNING_CURVES, paths.METRICS):
         client.log_artifact(parent_id, str(file))
     client.log_artifacts(parent_id, str(paths.EVALUATION_PICTURES), artifact_path=paths.EVALUATION_PICTURES.name)
+    client.set_tag(parent_id, AWAITS_TRACK_TAG, "false")
     client.set_terminated(parent_id, "FINISHED")
     return str(parent.info.run_name)
 
