@@ -473,6 +473,7 @@ def complete_parent(run: StageRun) -> str:
         plain = set(flatten_report(read_json(STAGES[name].report))[0]) if name == "evaluate" else set()
         metrics |= {key if key in plain else f"{name}.{key}": value for key, value in values.items()}
     _log(client, parent_id, metrics=metrics)
+    _log_data_hash(run, parent_id, paths.RAW)
     for path, digest in dvc_outs().items():
         client.set_tag(parent_id, f"dvc.out.{path}", digest)
     for file in (paths.LEARNING_CURVES, paths.METRICS):
