@@ -53,16 +53,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copy_with_sha256(source: Path, target: Path) -> str:
-    """Copies a file in one pass and returns its SHA-256; the caller writes aside."""
-    digest = hashlib.sha256()
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while chunk := reader.read(1 << 22):
-            digest.update(chunk)
-            writer.write(chunk)
-    return digest.hexdigest()
-
-
 def require_disk_space(folder: Path, needed: int, purpose: str) -> None:
     """Stops before work that would fill the disk.
 

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -81,7 +81,6 @@ class StageRun:
     root: Path
     client: MlflowClient
     run_id: str
-    started: float = field(default_factory=time.monotonic)
 
     def measure(self, values: Mapping[str, float]) -> None:
         """Logs what differs from run to run (rates, times): MLflow only, never in a stage's output."""
@@ -134,7 +133,7 @@ def stage(name: str) -> Iterator[StageRun]:
             if mistake is not None:
                 raise mistake
             assert params is not None
-            run = StageRun(name, params, root, client, run_id, started)
+            run = StageRun(name, params, root, client, run_id)
             yield run
             seconds = time.monotonic() - started
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # Linux counts in kB
@@ -419,22 +418,28 @@ def _log_data_hash(run: StageRun, run_id: str, data: Path) -> None:
     run.client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", run.name)])])
 
 
+def _locked_stages(lock: Path) -> dict[str, Any]:
+    """The stages' entries in dvc.lock, by name; none before the first run."""
+    content = yaml.safe_load(lock.read_text(encoding="utf-8")) if lock.exists() else None
+    stages: dict[str, Any] = (content or {}).get("stages", {})
+    return stages
+
+
 def dvc_outs(lock: Path = Path("dvc.lock")) -> dict[str, str]:
     """Returns DVC's hash of every output that dvc.lock knows, by path."""
-    if not lock.exists():
-        return {}
-    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
-    return {out["path"]: out["md5"] for entry in stages.values() for out in entry.get("outs", []) if "md5" in out}
+    return {
+        out["path"]: out["md5"]
+        for entry in _locked_stages(lock).values()
+        for out in entry.get("outs", [])
+        if "md5" in out
+    }
 
 
 def stage_hashes(lock: Path = Path("dvc.lock")) -> dict[str, str]:
     """Returns a hash of every stage's entry in dvc.lock: equal when a stage did the same work."""
-    if not lock.exists():
-        return {}
-    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
     return {
         name: hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:32]
-        for name, entry in stages.items()
+        for name, entry in _locked_stages(lock).items()
     }
 
 

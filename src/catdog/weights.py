@@ -15,7 +15,6 @@ Importing this module imports no deep-learning framework.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import tempfile
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Literal
 
 from catdog.backbones import BACKBONES, Backbone
 from catdog.errors import CatdogError
+from catdog.files import sha256_of
 
 if TYPE_CHECKING:
     import keras
@@ -79,7 +79,7 @@ def load_weights(
     if weights != "imagenet":
         path = _user_file(weights, root)
         _load_file(model, backbone, path)
-        return WeightsSource("file", path, _sha256(path), f"weights for {backbone.name} from {weights}")
+        return WeightsSource("file", path, sha256_of(path), f"weights for {backbone.name} from {weights}")
 
     shipped = _shipped_file(backbone, pretrained_dir)
     if shipped is not None:
@@ -97,7 +97,7 @@ def load_weights(
     return WeightsSource(
         "keras-download" if downloaded else "keras-cache",
         path,
-        _sha256(path),
+        sha256_of(path),
         f"ImageNet weights for {backbone.name} {how}",
     )
 
@@ -129,7 +129,7 @@ def _shipped_file(backbone: Backbone, pretrained_dir: Path) -> Path | None:
     path = pretrained_dir / backbone.shipped
     if not path.is_file():
         return None
-    digest = _sha256(path)
+    digest = sha256_of(path)
     if digest != backbone.shipped_sha256:
         raise CatdogError(
             f"'{path}' is damaged or was changed: its SHA-256 is {digest}, not {backbone.shipped_sha256};"
@@ -154,12 +154,6 @@ def _check_hdf5(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(_HDF5_SIGNATURE)) != _HDF5_SIGNATURE:
             raise CatdogError(f"'{path}' is not an HDF5 file: give a weights file that Keras saved")
-
-
-def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_file(model: keras.Model, backbone: Backbone, path: Path) -> None:
