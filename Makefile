@@ -44,12 +44,15 @@ $(READY): $(LOCK) pyproject.toml
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# The clients of single data sources (`dataset:`) that the tests use too.
+CLIENTS := --extra drive --extra kaggle --extra s3 --extra tfds
+
 # Resolve anew within pyproject.toml's bounds. No index lines: a lock file must not name a registry's host.
 lock: setup
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade \
-	  --python-version 3.11 --extra cpu --group dev pyproject.toml -o requirements.lock
+	  --python-version 3.11 --extra cpu $(CLIENTS) --group dev pyproject.toml -o requirements.lock
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header \
-	  --python-version 3.11 --extra gpu --group dev -c requirements.lock pyproject.toml -o requirements-gpu.lock
+	  --python-version 3.11 --extra gpu $(CLIENTS) --group dev -c requirements.lock pyproject.toml -o requirements-gpu.lock
 
 clean:  ## remove what the pipeline made in the workspace (its cache and MLflow's runs stay)
 	rm -rf data models dvc_plots reports/*.csv reports/*.png reports/data reports/evaluation

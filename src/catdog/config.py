@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from catdog.backbones import get_backbone
 from catdog.errors import CatdogError
@@ -28,6 +28,7 @@ class DownloadParams(_Block):
     """How the data set is brought in."""
 
     sample_images: int = Field(600, ge=2, le=1_000_000, multiple_of=2)
+    sha256: str = Field("", pattern="^([0-9a-fA-F]{64})?$")
 
 
 Share = Annotated[int | float, Field(gt=0)]
@@ -36,17 +37,30 @@ Share = Annotated[int | float, Field(gt=0)]
 class SplitParams(_Block):
     """What is accepted and how it is split."""
 
+    method: Literal["auto", "random", "given", "folds"] = "auto"
+    train: Share | Literal["rest"] = "rest"
     val: Share = 0.15
     test: Share = 0.2
+    file: str = ""
+    folds: int = Field(5, ge=2, le=1000)
+    fold: int = Field(0, ge=0)
+    exclude: str = ""
     near_duplicate_bits: int = Field(4, ge=-1, le=16)
     max_rejected: float = Field(0.05, ge=0, le=1)
     max_megapixels: float = Field(80, gt=0, le=178)  # Pillow refuses more on its own
 
-    @field_validator("val", "test")
+    @field_validator("train", "val", "test")
     @classmethod
-    def _fraction_or_count(cls, value: int | float) -> int | float:
+    def _fraction_or_count(cls, value: int | float | str) -> int | float | str:
         if isinstance(value, float) and value >= 1:
             raise ValueError("must be a fraction below 1 or a whole number of images")
+        return value
+
+    @field_validator("fold")
+    @classmethod
+    def _one_of_the_folds(cls, value: int, info: ValidationInfo) -> int:
+        if value >= info.data.get("folds", 1000):
+            raise ValueError(f"must be below split.folds = {info.data['folds']}; the first fold is 0")
         return value
 
 
@@ -56,7 +70,7 @@ class PreprocessParams(_Block):
     image_size: int = Field(224, ge=32, le=1024)
     resize: Literal["stretch", "crop", "pad"] = "stretch"
     jpeg_quality: int = Field(95, ge=1, le=100)
-    images_per_shard: int = Field(250, ge=1, le=100_000)
+    shard_megabytes: float = Field(8, gt=0, le=10_000)
 
 
 class EmbedParams(_Block):

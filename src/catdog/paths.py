@@ -18,16 +18,21 @@ PRETRAINED = Path("pretrained")
 
 RAW = Path("data/raw.zip")
 MANIFEST = Path("data/manifest.csv")
+UNLABELLED = Path("data/unlabelled.csv")
 TFRECORDS = Path("data/tfrecords")
 DATASET_INFO = TFRECORDS / "dataset_info.json"
+PREPROCESS_REPORT = TFRECORDS / "preprocess.json"
 FEATURES = Path("data/features")
 FEATURES_INFO = FEATURES / "features.json"
 MODEL = Path("models/model.keras")
 
+SOURCE_REPORT = Path("reports/source.json")
+CURATION_REPORT = Path("reports/curation.json")
 DOWNLOAD_REPORT = Path("reports/download.json")
 DATA_REPORT = Path("reports/data.json")
 REJECTED = Path("reports/rejected.csv")
 DATA_PICTURES = Path("reports/data")
+DATA_PAGE = Path("reports/data.html")
 TRAIN_REPORT = Path("reports/train.json")
 HISTORY = Path("reports/history.csv")
 LEARNING_CURVES = Path("reports/learning_curves.png")
@@ -37,6 +42,8 @@ ROC = Path("reports/roc.csv")
 EVALUATION_PICTURES = Path("reports/evaluation")
 
 SPLITS = ("train", "val", "test")
+UNUSED = "unused"
+"""What the manifest calls the split of an image that is sound but in none of the three."""
 
 
 def repository_root() -> Path:
