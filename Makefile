@@ -55,4 +55,4 @@ lock: setup
 	  --python-version 3.11 --extra gpu $(CLIENTS) --group dev -c requirements.lock pyproject.toml -o requirements-gpu.lock
 
 clean:  ## remove what the pipeline made in the workspace (its cache and MLflow's runs stay)
-	rm -rf data models dvc_plots reports/*.csv reports/*.png reports/data reports/evaluation
+	rm -rf data models dvc_plots reports/*.csv reports/*.png reports/*.html reports/data reports/evaluation

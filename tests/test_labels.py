@@ -3,7 +3,8 @@
 import pytest
 
 from catdog.errors import CatdogError
-from catdog.labels import IMAGE_SUFFIXES, is_hidden, label_files
+from catdog.labels import label_by_table, label_files
+from catdog.names import IMAGE_SUFFIXES, is_hidden
 
 FOLDERS = ["Cat/0.jpg", "Cat/1.jpg", "Dog/0.jpg"]
 
@@ -19,7 +20,7 @@ def test_one_folder_a_class():
     found = label_files(FOLDERS)
     assert found.classes == ("Cat", "Dog")
     assert found.labels == {"Cat/0.jpg": "Cat", "Cat/1.jpg": "Cat", "Dog/0.jpg": "Dog"}
-    assert found.unlabelled == {}
+    assert found.refused == {}
 
 
 @pytest.mark.parametrize("top", ["PetImages/", "a/b/c/", "data set/ümlaut/"])
@@ -33,7 +34,7 @@ def test_single_top_folders_only_wrap(top):
 def test_files_beside_the_wrapping_folder_have_no_class():
     found = label_files([f"PetImages/{name}" for name in FOLDERS] + ["readme.txt", "cover.jpg", "PetImages/x.jpg"])
     assert found.classes == ("Cat", "Dog")
-    assert found.unlabelled == dict.fromkeys(["readme.txt", "cover.jpg", "PetImages/x.jpg"], "outside any class folder")
+    assert found.refused == dict.fromkeys(["readme.txt", "cover.jpg", "PetImages/x.jpg"], "outside any class folder")
 
 
 def test_folders_inside_a_class_belong_to_it():
@@ -47,8 +48,8 @@ def test_folders_inside_a_class_belong_to_it():
 
 
 def test_files_of_other_kinds_in_a_class_folder_are_kept_for_the_inspection():
-    found = label_files([*FOLDERS, "Cat/Thumbs.db", "Dog/notes"])
-    assert found.labels["Cat/Thumbs.db"] == "Cat"
+    found = label_files([*FOLDERS, "Cat/index.db", "Dog/notes"])
+    assert found.labels["Cat/index.db"] == "Cat"
     assert found.labels["Dog/notes"] == "Dog"
 
 
@@ -69,7 +70,7 @@ def test_kaggle_names_in_split_folders_are_classes_not_splits():
 
 def test_other_names_among_kaggle_names_have_no_class():
     found = label_files(["cat.1.jpg", "cat.2.jpg", "dog.1.jpg", "dog.2.jpg", "cover.jpg", "dog.x.jpg"])
-    assert found.unlabelled == dict.fromkeys(["cover.jpg", "dog.x.jpg"], "no class in its name")
+    assert found.refused == dict.fromkeys(["cover.jpg", "dog.x.jpg"], "no class in its name")
 
 
 def test_few_names_with_a_number_do_not_make_kaggle_names():
@@ -91,7 +92,7 @@ def test_numbered_names_without_a_class_leave_the_class_to_the_folders():
 @pytest.mark.parametrize("name", ["__MACOSX/Cat/._0.jpg", "Cat/.DS_Store", ".cache/x.jpg", "Dog/.hidden/1.jpg"])
 def test_hidden_files_have_no_class_and_say_so(name):
     found = label_files([*FOLDERS, name])
-    assert found.unlabelled == {name: "hidden file"}
+    assert found.refused == {name: "hidden file"}
     assert found.classes == ("Cat", "Dog")
 
 
@@ -101,7 +102,15 @@ def test_hidden_folders_are_no_classes_even_when_empty():
 
 @pytest.mark.parametrize(
     ("name", "hidden"),
-    [("a/b.jpg", False), ("a/.b.jpg", True), (".a/b.jpg", True), ("x/__MACOSX/b", True), ("a..b", False)],
+    [
+        ("a/b.jpg", False),
+        ("a/.b.jpg", True),
+        (".a/b.jpg", True),
+        ("x/__MACOSX/b", True),
+        ("a..b", False),
+        ("a/Thumbs.db", True),
+        ("desktop.ini", True),
+    ],
 )
 def test_what_counts_as_hidden(name, hidden):
     assert is_hidden(name) is hidden
@@ -152,7 +161,7 @@ def test_no_folder_is_too_few():
 @pytest.mark.parametrize("splits", [("train", "test"), ("Train", "VALID"), ("training", "validation", "testing")])
 def test_splits_are_no_classes(splits):
     told = message([f"data/{split}/{name}" for split in splits for name in ("1.jpg", "2.jpg")])
-    assert "splits, not classes" in told
+    assert "are splits, and hold no class folders" in told
     assert all(split in told for split in splits)
 
 
@@ -164,3 +173,81 @@ def test_one_name_like_a_split_among_classes_is_a_class():
 def test_no_images_at_all(names):
     files = sum(not name.endswith("/") for name in names)
     assert f"no image files among its {files} files" in message(names)
+
+
+GIVEN = [f"{split}/{name}" for split in ("train", "validation", "Testing") for name in FOLDERS]
+
+
+@pytest.mark.parametrize("top", ["", "pets/", "a/b/"])
+def test_folders_of_splits_above_the_classes_give_the_split(top):
+    found = label_files([top + name for name in GIVEN] + [f"{top}train/cover.jpg"])
+    assert found.classes == ("Cat", "Dog")
+    for name in GIVEN:
+        split, label, _ = name.split("/")
+        assert found.labels[top + name] == label
+        assert found.splits[top + name] == {"validation": "val", "Testing": "test"}.get(split, split)
+    assert found.refused == {f"{top}train/cover.jpg": "outside any class folder"}
+
+
+def test_class_folder_that_is_empty_in_one_split_only_is_fine_and_in_all_is_named():
+    assert label_files([*GIVEN, "train/Fox/", "validation/Fox/1.jpg"]).classes == ("Cat", "Dog", "Fox")
+    assert "'Fox' holds no images" in message([*GIVEN, "train/Fox/", "validation/Fox/"])
+
+
+def test_one_split_folder_is_no_split():
+    assert label_files([f"train/{name}" for name in FOLDERS]).splits == {}
+
+
+def test_kaggle_names_below_folders_of_splits_give_the_split():
+    found = label_files(["train/cat.1.jpg", "train/dog.1.jpg", "val/cat.2.jpg", "val/dog.2.jpg"])
+    assert found.splits == {name: name.split("/")[0] for name in found.labels}
+
+
+def test_numbers_beside_kaggle_names_are_images_to_predict():
+    train = [f"train/{label}.{i}.jpg" for label in ("cat", "dog") for i in range(3)]
+    test = [f"test1/{i}.jpg" for i in range(1, 40)]
+    found = label_files([*train, *test, "test1/", "sampleSubmission.csv", "test1/x.txt"])
+    assert sorted(found.labels) == sorted(train) and found.splits == {}
+    assert found.unlabelled == tuple(sorted(test))
+    assert found.refused == {"sampleSubmission.csv": "no class in its name", "test1/x.txt": "no class in its name"}
+
+
+def test_label_of_other_files_only_is_no_class():
+    found = label_files(["cat.1.jpg", "dog.1.jpg", "fox.1.txt"])
+    assert found.classes == ("cat", "dog") and found.refused == {"fox.1.txt": "no class in its name"}
+
+
+def test_number_in_a_folder_of_labelled_images_is_a_stray_file_not_one_to_predict():
+    found = label_files(["cat.1.jpg", "cat.2.jpg", "dog.1.jpg", "dog.2.jpg", "7.jpg"])
+    assert found.unlabelled == () and found.refused == {"7.jpg": "no class in its name"}
+
+
+@pytest.mark.parametrize("folder", ["unlabelled", "Unlabeled"])
+def test_folder_for_unlabelled_images(folder):
+    found = label_files([*FOLDERS, f"{folder}/1.jpg", f"{folder}/b/2.png", f"{folder}/notes.txt"])
+    assert found.classes == ("Cat", "Dog")
+    assert found.unlabelled == (f"{folder}/1.jpg", f"{folder}/b/2.png")
+    assert found.refused == {f"{folder}/notes.txt": "outside any class folder"}
+
+
+def test_test_folder_without_classes_holds_images_to_predict():
+    found = label_files([f"train/{name}" for name in FOLDERS] + ["test/1.jpg", "test/2.jpg"])
+    assert found.classes == ("Cat", "Dog") and found.splits == {}
+    assert found.unlabelled == ("test/1.jpg", "test/2.jpg")
+
+
+@pytest.mark.parametrize("names", [GIVEN, [*GIVEN, "train/.x", "a.txt", "unlabelled/1.jpg", "train/2.jpg", "Cat/"]])
+def test_every_file_is_in_exactly_one_place(names):
+    found = label_files(names)
+    files = [name for name in names if not name.endswith("/")]
+    assert sorted([*found.labels, *found.unlabelled, *found.refused]) == sorted(files)
+    assert found.splits.keys() <= found.labels.keys()
+
+
+def test_table_gives_the_classes():
+    found = label_by_table(["a/1.jpg", "2.jpg", "x/", "3.jpg", ".h"], {"a/1.jpg": "owl", "2.jpg": "elk", "gone": "elk"})
+    assert found.classes == ("elk", "owl")
+    assert found.labels == {"a/1.jpg": "owl", "2.jpg": "elk"}
+    assert found.refused == {"3.jpg": "not listed in split.file", ".h": "hidden file"}
+    with pytest.raises(CatdogError, match="names 1 classes"):
+        label_by_table(["1.jpg"], {"1.jpg": "owl"})

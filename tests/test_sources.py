@@ -1,5 +1,6 @@
 """Every kind of source ends as one whole zip archive, or as one sentence and no file."""
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from catdog.catalog import PUBLISHED
 from catdog.errors import CatdogError
 from catdog.sources import SourceFacts, fetch
+from internet import send
 
 FILES = {
     "Cat/0.jpg": b"first" * 1000,
@@ -27,14 +30,14 @@ def target(tmp_path) -> Path:
     return tmp_path / "data" / "raw.zip"
 
 
-def bring(dataset, target: Path, root: Path | None = None) -> SourceFacts:
-    return fetch(str(dataset), target, root=root or target.parents[1], seed=1, sample_images=4)
+def bring(dataset, target: Path, root: Path | None = None, sha256: str = "") -> SourceFacts:
+    return fetch(str(dataset), target, root=root or target.parents[1], seed=1, sample_images=4, sha256=sha256)
 
 
-def refused(dataset, target: Path) -> str:
+def refused(dataset, target: Path, sha256: str = "") -> str:
     """The sentence that refuses a data set; no file may be left, whole or in part."""
     with pytest.raises(CatdogError) as caught:
-        bring(dataset, target)
+        bring(dataset, target, sha256=sha256)
     assert not target.parent.exists() or list(target.parent.iterdir()) == []
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -88,7 +91,9 @@ def test_zip_is_copied_byte_for_byte(tmp_path, target):
     facts = bring(source, target)
     assert target.read_bytes() == source.read_bytes()
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    assert facts == SourceFacts("zip", str(source), len(FILES), source.stat().st_size, digest)
+    assert facts == SourceFacts(
+        "zip", str(source), len(FILES), source.stat().st_size, digest, {"archive_sha256": digest}
+    )
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "w:bz2"])
@@ -321,3 +326,112 @@ def test_name_that_stands_twice_in_a_tar_does_not_stop_it(tmp_path, target):
         bring(tar_with(tmp_path / "pets.tar", member("Cat/0.jpg")), target)
     with zipfile.ZipFile(target) as archive:
         assert archive.read("Cat/0.jpg") == b""  # the last one, as tar extracts it
+
+
+def publish(monkeypatch, name: str, data: bytes) -> None:
+    """Makes the table expect these bytes at the real addresses of a published set."""
+    expected = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    monkeypatch.setitem(PUBLISHED, name, dataclasses.replace(PUBLISHED[name], **expected))
+
+
+PETS = {
+    "images/Maine_Coon_12.jpg": b"coon",
+    "images/Abyssinian_100.mat": b"matlab",
+    "images/beagle_7.jpg": b"beagle",
+    "images/": b"",
+}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("oxford_pets", {"cat/Maine_Coon_12.jpg", "cat/Abyssinian_100.mat", "dog/beagle_7.jpg"}),
+        (
+            "oxford_pets:breeds",
+            {"Maine_Coon/Maine_Coon_12.jpg", "Abyssinian/Abyssinian_100.mat", "beagle/beagle_7.jpg"},
+        ),
+    ],
+)
+def test_oxford_pets_come_from_their_second_address_when_the_first_is_gone(
+    tmp_path, target, internet, monkeypatch, capsys, dataset, expected
+):
+    data = make_tar(tmp_path / "images.tar.gz", "w:gz", {k: v for k, v in PETS.items() if v}).read_bytes()
+    publish(monkeypatch, dataset, data)
+    path = "/~vgg/data/pets/data/images.tar.gz"
+    internet.sites["www.robots.ox.ac.uk"] = lambda request: send(request, data) if request.path == path else None
+    facts = bring(dataset, target)
+    assert set(contents(target)) == expected
+    assert internet.hosts == {"thor.robots.ox.ac.uk", "www.robots.ox.ac.uk"}
+    assert facts.origin["url"] == f"https://www.robots.ox.ac.uk{path}"
+    assert facts.origin["license"] == "CC BY-SA 4.0"
+    assert facts.origin["archive_sha256"] == hashlib.sha256(data).hexdigest()
+    assert not list((tmp_path / ".dvc/tmp/downloads").glob("*/")), "nothing big is left behind"
+
+
+def test_microsofts_archive_stays_as_it_is(tmp_path, target, internet, monkeypatch):
+    data = make_zip(tmp_path / "x.zip").read_bytes()
+    publish(monkeypatch, "microsoft", data)
+    internet.sites["download.microsoft.com"] = lambda request: send(request, data)
+    facts = bring("microsoft", target)
+    assert target.read_bytes() == data and facts.kind == "zip" and facts.location == "microsoft"
+    assert internet.requests[-1].path.endswith("/kagglecatsanddogs_5340.zip")
+
+
+def test_published_archive_with_other_bytes_is_refused_at_every_address(tmp_path, target, internet, monkeypatch):
+    data = make_zip(tmp_path / "x.zip").read_bytes()
+    publish(monkeypatch, "microsoft", data)
+    other = make_zip(tmp_path / "y.zip", {"Cat/evil.jpg": bytes(len(data) - 150)}).read_bytes()[: len(data)]
+    for host in ("download.microsoft.com", "web.archive.org"):
+        internet.sites[host] = lambda request: send(request, other + bytes(len(data) - len(other)))
+    told = refused("microsoft", target)
+    assert "download.microsoft.com" in told and "web.archive.org" in told
+    # The publisher may change the file; then the user may say so.
+    internet.sites["download.microsoft.com"] = lambda request: send(request, data + b"")
+    assert bring("microsoft", target, sha256=hashlib.sha256(data).hexdigest()).kind == "zip"
+
+
+def test_address_gives_an_archive_and_its_facts_without_the_password(tmp_path, target, internet):
+    data = make_tar(tmp_path / "x.tar.xz", "w:xz").read_bytes()
+    stamp = {"ETag": '"v1"', "Last-Modified": "Sat, 01 Nov 2025 10:00:00 GMT"}
+    internet.sites["data.example.org"] = lambda request: send(request, data, stamp)
+    facts = bring("https://me:secret@data.example.org/pets.tar.xz", target)
+    assert contents(target) == FILES
+    assert facts.kind == "tar" and facts.location == "https://data.example.org/pets.tar.xz"
+    assert facts.origin["etag"] == '"v1"' and facts.origin["last_modified"] == stamp["Last-Modified"]
+    assert "secret" not in str(facts)
+
+
+def test_expected_hash_is_checked_for_files_and_addresses(tmp_path, target, internet):
+    source = make_zip(tmp_path / "pets.zip")
+    data = source.read_bytes()
+    right, wrong = hashlib.sha256(data).hexdigest(), "0" * 64
+    internet.sites["data.example.org"] = lambda request: send(request, data)
+    told = refused(source, target, sha256=wrong)
+    assert right in told and wrong in told and "download.sha256" in told
+    assert wrong in refused("https://data.example.org/x.zip", target, sha256=wrong)
+    for dataset in (source, "https://data.example.org/x.zip"):
+        assert bring(dataset, target, sha256=right.upper()).origin["archive_sha256"] == right
+
+
+@pytest.mark.parametrize("dataset", ["sample", "folder"])
+def test_expected_hash_of_what_is_no_archive_is_a_mistake(tmp_path, target, dataset):
+    make_folder(tmp_path / "folder")
+    assert "download.sha256 is set, but" in refused(dataset, target, sha256="0" * 64)
+
+
+def test_misspelt_name_is_answered_with_the_right_one(target):
+    assert "did you mean microsoft?" in refused("microsft", target)
+
+
+def test_archive_with_archives_inside_as_kaggle_gives_it(tmp_path, target):
+    train = make_zip(tmp_path / "train.zip", {"train/cat.0.jpg": b"c", "train/dog.0.jpg": b"d"})
+    test = make_zip(tmp_path / "test1.zip", {"test1/1.jpg": b"t"})
+    inner = {"train.zip": train.read_bytes(), "test1.zip": test.read_bytes(), "sampleSubmission.csv": b"id,label\n"}
+    facts = bring(make_zip(tmp_path / "dogs-vs-cats.zip", inner), target)
+    assert set(contents(target)) == {"train/cat.0.jpg", "train/dog.0.jpg", "test1/1.jpg", "sampleSubmission.csv"}
+    assert facts.files == 4
+
+
+def test_data_that_dvc_tracks_but_did_not_bring_is_told(tmp_path, target):
+    (tmp_path / "pets.dvc").write_text("outs:\n- md5: abc.dir\n  path: pets\n")
+    assert "`dvc pull pets.dvc` brings it" in refused("pets", target)

@@ -3,48 +3,62 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from catdog.errors import CatdogError
+from catdog.names import IMAGE_SUFFIXES, is_hidden
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".avif"}
-)
+HIDDEN = "hidden file"
+NOT_LISTED = "not listed in split.file"
+EXCLUDED = "excluded"
 _KAGGLE_NAME = re.compile(r"(?P<label>[A-Za-z][\w-]*)\.\d+\.\w+")
-_SPLIT_NAMES = frozenset(
-    {"train", "training", "val", "valid", "validation", "test", "testing", "train_set", "test_set"}
-)
+_NUMBER_NAME = re.compile(r"\d+\.\w+")
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training", "train_set", "training_set"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validation_set", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "test_set"), "test"),
+}
+"""What folders of splits are called, in lower case, and which split they mean."""
+UNLABELLED_FOLDERS = frozenset({"unlabelled", "unlabeled", "unsupervised"})
+"""What folders of images to predict are called, in lower case."""
 
 
 @dataclass(frozen=True)
 class Labelling:
     """What the names in an archive say.
 
+    Every file is in exactly one of `labels`, `unlabelled` and `refused`.
+
     Attributes:
         classes: class names, sorted; the position is the class's number.
         labels: class name by file name, for the files that have one.
-        unlabelled: reason by file name, for the files that have none.
+        splits: train, val or test by file name, for all that have a label; empty where the names give no split.
+        unlabelled: names of the images that are there to be predicted, sorted.
+        refused: reason by file name, for the files that are neither.
     """
 
     classes: tuple[str, ...]
     labels: dict[str, str]
-    unlabelled: dict[str, str]
+    splits: dict[str, str]
+    unlabelled: tuple[str, ...]
+    refused: dict[str, str]
 
 
 def label_files(names: Iterable[str]) -> Labelling:
-    """Finds the classes in an archive's member names.
+    """Finds the classes, and splits if there are some, in an archive's member names.
 
     Two layouts are known: Kaggle's names (`train/cat.1001.jpg`), when most image names look like that, and
-    one folder a class (`PetImages/Cat/0.jpg`), below any number of single top folders.
+    one folder a class (`PetImages/Cat/0.jpg`), below any number of single top folders. Folders named train,
+    val and test (or the like) above either give the split. Images to predict are those with nothing but a number
+    for a name beside Kaggle's names (`test1/1.jpg`), in a folder `unlabelled`, or in a test folder without classes.
 
     Args:
         names: member names; a name that ends with `/` is a folder.
 
     Raises:
-        CatdogError: fewer than two classes, a class without a file, or folders that are splits, not classes.
+        CatdogError: fewer than two classes, a class without a file, or folders that are splits without classes.
     """
     names = sorted(names)
     files = [name for name in names if not name.endswith("/")]
@@ -52,41 +66,112 @@ def label_files(names: Iterable[str]) -> Labelling:
     images = [name for name in visible if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise CatdogError(f"the data set holds no image files among its {len(files)} files; check `dataset`")
-    by_name = {name: match["label"] for name in visible if (match := _KAGGLE_NAME.fullmatch(PurePosixPath(name).name))}
-    image_labels = [by_name[name] for name in images if name in by_name]
-    # `Cat/img.1.jpg` and `Dog/img.2.jpg` look like Kaggle's names too, but the folders are what differs.
-    one_folder = len({PurePosixPath(name).parent for name in images}) == 1
-    if len(image_labels) > len(images) / 2 and (one_folder or len(set(image_labels)) > 1):
-        labels, missing = by_name, "no class in its name"
-        folders: set[str] = set()
-    else:
-        top = _top_folder(images)
-        labels = {name: part for name in visible if (part := _folder_below(name, top)) is not None}
-        missing = "outside any class folder"
-        # A folder counts as a class when it holds a file or lies, empty, beside the class folders.
-        folders = {part for name in names if (part := _folder_below(name, top)) and not is_hidden(name)}
-    filled = Counter(labels[name] for name in images if name in labels)
-    classes = tuple(sorted(filled))
-    empty = sorted(folders - set(classes))
+    found = _label_by_kaggle_names(visible, images) or _label_by_folders(names, visible, images)
+    classes = tuple(sorted({found.labels[name] for name in images if name in found.labels}))
+    # A class is what at least one image name stands for: notes called fox.1.txt make none.
+    labels = {name: label for name, label in found.labels.items() if label in classes}
+    empty = sorted(found.folders - set(classes))
     if empty:
         raise CatdogError(f"class folder {empty[0]!r} holds no images; fill it or remove it")
     if len(classes) < 2:
-        found = f"only the class {classes[0]!r}" if classes else "no class folder"
+        what = f"only the class {classes[0]!r}" if classes else "no class folder"
         raise CatdogError(
-            f"the data set has {found}, but two or more are needed; give one folder a class, or names as cat.1.jpg"
+            f"the data set has {what}, but two or more are needed; give one folder a class, or names as cat.1.jpg"
         )
-    if all(name.lower() in _SPLIT_NAMES for name in classes):
+    if all(name.lower() in SPLIT_NAMES for name in classes):
         raise CatdogError(
-            f"the folders {', '.join(classes)} are splits, not classes; merge them into one folder a class, "
-            "and the split stage will divide them"
+            f"the folders {', '.join(classes)} are splits, and hold no class folders; give one folder a class, below "
+            "train, val and test or alone"
         )
-    unlabelled = {name: "hidden file" if is_hidden(name) else missing for name in files if name not in labels}
-    return Labelling(classes, labels, unlabelled)
+    # One split is none: `train/` beside images to predict is where everything lies.
+    splits = {name: split for name, split in found.splits.items() if name in labels}
+    splits = splits if len(set(splits.values())) > 1 else {}
+    unlabelled = found.unlabelled - labels.keys()
+    refused = {
+        name: HIDDEN if is_hidden(name) else found.missing
+        for name in files
+        if name not in labels and name not in unlabelled
+    }
+    return Labelling(classes, labels, splits, tuple(sorted(unlabelled)), refused)
 
 
-def is_hidden(name: str) -> bool:
-    """Says whether a file belongs to an operating system or archiver and not to the data set."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+def label_by_table(names: Iterable[str], table: Mapping[str, str]) -> Labelling:
+    """Takes the classes from a table instead of from names.
+
+    Args:
+        names: member names; a name that ends with `/` is a folder.
+        table: class by member name; files that it does not name are refused.
+
+    Raises:
+        CatdogError: fewer than two classes.
+    """
+    files = sorted(name for name in names if not name.endswith("/"))
+    labels = {name: table[name] for name in files if name in table}
+    classes = tuple(sorted(set(labels.values())))
+    if len(classes) < 2:
+        raise CatdogError(f"split.file names {len(classes)} classes, but two or more are needed; fill its column label")
+    refused = {name: HIDDEN if is_hidden(name) else NOT_LISTED for name in files if name not in labels}
+    return Labelling(classes, labels, {}, (), refused)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one of the layouts says."""
+
+    labels: dict[str, str]
+    splits: dict[str, str]
+    unlabelled: set[str]
+    folders: set[str]  # class folders, also empty ones
+    missing: str  # why any other file has no label
+
+
+def _label_by_kaggle_names(visible: list[str], images: list[str]) -> _Found | None:
+    """Reads names like `train/cat.1001.jpg`; None when the images are not called like that."""
+    by_name = {name: match["label"] for name in visible if (match := _KAGGLE_NAME.fullmatch(PurePosixPath(name).name))}
+    labelled_folders = {PurePosixPath(name).parent for name in by_name}
+    unlabelled = {
+        name
+        for name in images
+        if PurePosixPath(name).parent not in labelled_folders and _NUMBER_NAME.fullmatch(PurePosixPath(name).name)
+    }
+    rest = [name for name in images if name not in unlabelled]
+    image_labels = [by_name[name] for name in rest if name in by_name]
+    # `Cat/img.1.jpg` and `Dog/img.2.jpg` look like Kaggle's names too, but the folders are what differs.
+    one_folder = len({PurePosixPath(name).parent for name in images}) == 1
+    if len(image_labels) <= len(rest) / 2 or not (one_folder or len(set(image_labels)) > 1):
+        return None
+    splits = {name: SPLIT_NAMES.get(PurePosixPath(name).parent.name.lower(), "") for name in by_name}
+    splits = splits if all(splits.values()) else {}
+    return _Found(by_name, splits, unlabelled, set(), "no class in its name")
+
+
+def _label_by_folders(names: list[str], visible: list[str], images: list[str]) -> _Found:
+    """Reads one folder a class, below train, val and test where such folders are all there is."""
+    top = _top_folder(images)
+    outer = {part for name in images if (part := _folder_below(name, top)) is not None}
+    given = {part for part in outer if part.lower() in SPLIT_NAMES}
+    aside = {part for part in outer if part.lower() in UNLABELLED_FOLDERS}
+    unlabelled = {name for name in images if _folder_below(name, top) in aside}
+    tops = [top]
+    if given and given | aside == outer:
+        inner = {part: [name for name in images if _folder_below(name, top) == part] for part in given}
+        flat = {part for part in given if all(_folder_below(name, (*top, part)) is None for name in inner[part])}
+        if flat < given and all(SPLIT_NAMES[part.lower()] == "test" for part in flat):
+            unlabelled |= {name for part in flat for name in inner[part]}
+            given -= flat
+            tops = [(*top, part) for part in sorted(given)]
+    splits: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    folders: set[str] = set()
+    for one in tops:
+        for name in visible:
+            if name not in unlabelled and (part := _folder_below(name, one)) is not None:
+                labels[name] = part
+                if one != top:
+                    splits[name] = SPLIT_NAMES[one[-1].lower()]
+        # A folder counts as a class when it holds a file or lies, empty, beside the class folders.
+        folders |= {part for name in names if (part := _folder_below(name, one)) and not is_hidden(name)}
+    return _Found(labels, splits, unlabelled, folders - aside, "outside any class folder")
 
 
 def _top_folder(images: list[str]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ def prepare_keras(seed: int) -> None:
         seed: seeds Python, NumPy and the backend.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with quick_imports(), _notices_held_back():
+    with quick_imports(), notices_held_back():
         import keras
 
         if keras.backend.backend() == "tensorflow":
@@ -37,7 +37,7 @@ def prepare_keras(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _notices_held_back() -> Iterator[None]:
+def notices_held_back() -> Iterator[None]:
     """Keeps what native code writes to standard error from the screen, unless the block fails.
 
     TensorFlow announces there, twice and at every log level, that it uses oneDNN.

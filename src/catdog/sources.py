@@ -6,45 +6,54 @@ To add a source, write a function with the signature of `FetchSource` and give i
 
 from __future__ import annotations
 
-import lzma
+import contextlib
+import difflib
+import hashlib
+import json
 import os
 import shutil
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import FileLock
+
+from catdog.archives import Rename, is_archive, open_archive, pack_archive, pack_folder
+from catdog.catalog import KAGGLE_COMPETITION, NAMES, PUBLISHED, Published, is_named
+from catdog.clients import export_tfds, fetch_drive, fetch_kaggle, is_drive_url
 from catdog.errors import CatdogError
 from catdog.files import require_disk_space, sha256_of, written_aside
+from catdog.fingerprint import dvc_tracking
 from catdog.sample import write_sample
-
-# Pictures are compressed already, so a packed archive stores them; a fixed date makes its bytes repeatable.
-_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+from catdog.transfer import download, public_url
 
 
 @dataclass(frozen=True)
 class SourceFacts:
     """What is recorded about a data set's origin."""
 
-    kind: str  # sample, zip, tar or folder
-    location: str  # the `dataset` parameter
+    kind: str  # sample, zip, tar, folder, or tfds
+    location: str  # the `dataset` parameter, without passwords
     files: int  # members of raw.zip, folders not counted
     bytes: int  # size of raw.zip
     sha256: str  # of raw.zip
+    origin: dict[str, Any] = field(default_factory=dict)  # what else is known: address, hash, licence, DVC's hash
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the facts as a JSON object."""
-        return asdict(self)
+        own = {"kind": self.kind, "location": self.location, "files": self.files, "bytes": self.bytes}
+        return own | {"sha256": self.sha256, "origin": self.origin}
 
 
-FetchSource = Callable[[Path], str]
-"""Writes a zip archive to the path it is given and returns the kind of the source."""
+FetchSource = Callable[[Path], tuple[str, dict[str, Any]]]
+"""Writes a zip archive to the path it is given and returns the kind of the source and what is known of its origin."""
 
 
-def fetch(dataset: str, target: Path, *, root: Path, seed: int, sample_images: int) -> SourceFacts:
+def fetch(dataset: str, target: Path, *, root: Path, seed: int, sample_images: int, sha256: str = "") -> SourceFacts:
     """Brings a data set in as one zip archive.
 
     Args:
@@ -53,43 +62,59 @@ def fetch(dataset: str, target: Path, *, root: Path, seed: int, sample_images: i
         root: the repository's root, from which a relative path counts.
         seed: draws the sample pictures.
         sample_images: number of sample pictures.
+        sha256: expected hash of the archive that `dataset` names; "" takes what comes.
 
     Raises:
-        CatdogError: there is no such data set, it is no archive, it cannot be read, or the disk is too full.
+        CatdogError: there is no such data set, it cannot be reached, it is no archive, it is not the expected one,
+            it cannot be read, or the disk is too full.
     """
-    source = choose_source(dataset, root=root, seed=seed, sample_images=sample_images)
+    source = choose_source(dataset, root=root, seed=seed, sample_images=sample_images, sha256=sha256.lower())
     with written_aside(target) as aside:
-        kind = source(aside)
-        with zipfile.ZipFile(aside) as archive:
+        kind, origin = source(aside)
+        with open_archive(aside) as archive:
             files = sum(not member.is_dir() for member in archive.infolist())
         if files == 0:
-            raise CatdogError(f"dataset = {dataset!r} holds no files; point it at a folder or archive of images")
-        return SourceFacts(kind, dataset, files, aside.stat().st_size, sha256_of(aside))
+            raise CatdogError(
+                f"dataset = {public_url(dataset)!r} holds no files; point it at a folder or archive of images"
+            )
+        return SourceFacts(kind, public_url(dataset), files, aside.stat().st_size, sha256_of(aside), origin)
 
 
-def choose_source(dataset: str, *, root: Path, seed: int, sample_images: int) -> FetchSource:
+def choose_source(dataset: str, *, root: Path, seed: int, sample_images: int, sha256: str = "") -> FetchSource:
     """Returns the function that fetches a data set; raises CatdogError when nothing fits its name."""
-    if dataset == "sample":
-
-        def draw(target: Path) -> str:
-            require_disk_space(target.parent, sample_images * 60_000, "drawing the sample pictures")
-            write_sample(target, count=sample_images, seed=seed)
-            return "sample"
-
-        return draw
-
+    downloads = root / ".dvc" / "tmp" / "downloads"
+    if dataset in PUBLISHED:
+        return lambda target: _fetch_published(PUBLISHED[dataset], target, downloads, sha256)
+    if dataset == "kaggle":
+        return lambda target: _fetch_kaggle(target, downloads, sha256)
+    if is_drive_url(dataset):
+        return lambda target: _fetch_drive(dataset, target, downloads, sha256)
+    if "://" in dataset:
+        return lambda target: _fetch_address(dataset, target, downloads, sha256)
     path = root / Path(dataset).expanduser()
+    if not is_named(dataset) and _kind_of_path(path, dataset) == "archive":
+        return lambda target: _fetch_archive(path, dataset, target, root, sha256)
+    if sha256:
+        raise CatdogError(
+            f"download.sha256 is set, but dataset = {dataset!r} is no archive that could have it; set it to ''"
+        )
+    if dataset == "sample":
+        return lambda target: _draw_sample(target, sample_images, seed)
+    if dataset.startswith("tfds:"):
+        return lambda target: ("tfds", export_tfds(dataset.removeprefix("tfds:"), target))
+    return lambda target: _fetch_folder(path, dataset, target, root)
+
+
+def _kind_of_path(path: Path, dataset: str) -> str:
+    """Returns "folder" or "archive"; raises CatdogError when the path is neither."""
     try:
         if path.is_dir():
-            return lambda target: _pack_folder(path, target)
+            return "folder"
         if path.is_file():
             if path.stat().st_size == 0:
                 raise CatdogError(f"dataset = {dataset!r}: the file is empty (0 bytes); fetch it again")
-            # Tar first: a tar that ends with a zip looks like a zip as well.
-            if tarfile.is_tarfile(path):
-                return lambda target: _pack_tar(path, target)
-            if zipfile.is_zipfile(path):
-                return lambda target: _copy_zip(path, target)
+            if is_archive(path):
+                return "archive"
             raise CatdogError(
                 f"dataset = {dataset!r} is no archive that can be read; give a folder, .zip, .tar, .tar.gz or "
                 ".tar.xz (a broken download looks like this too)"
@@ -98,118 +123,141 @@ def choose_source(dataset: str, *, root: Path, seed: int, sample_images: int) ->
         raise CatdogError(
             f"dataset = {dataset!r} cannot be read: {error.strerror}; check the path and its permissions"
         ) from None
-    raise CatdogError(
-        f"dataset = {dataset!r} does not exist ({path}); give `sample`, or the path of a folder or archive, "
-        "absolute or relative to the repository root"
-    )
+    close = difflib.get_close_matches(dataset, NAMES, n=1)
+    if (link := path.with_name(path.name + ".dvc")).is_file():
+        hint = f"DVC tracks it, but it is not here: `dvc pull {link.name}` brings it"
+    elif close:
+        hint = f"did you mean {close[0]}?"
+    else:
+        hint = (
+            f"give one of {', '.join(NAMES)}, tfds:<name>, an address, or the path of a folder or archive, absolute or "
+            "relative to the repository root"
+        )
+    raise CatdogError(f"dataset = {dataset!r} does not exist ({path}); {hint}")
 
 
-def _copy_zip(path: Path, target: Path) -> str:
-    """Takes a zip as it is, so that its SHA-256 stays the published one."""
-    require_disk_space(target.parent, path.stat().st_size, f"copying {path.name}")
-    shutil.copyfile(path, target)
-    try:
-        with zipfile.ZipFile(target) as archive:
-            locked = next((member.filename for member in archive.infolist() if member.flag_bits & 0x1), None)
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise CatdogError(f"dataset {path} is a damaged zip archive ({error}); fetch it again") from None
-    if locked is not None:
-        raise CatdogError(f"dataset {path} is protected by a password ({locked}); unpack it and give the folder")
-    return "zip"
+def _draw_sample(target: Path, count: int, seed: int) -> tuple[str, dict[str, Any]]:
+    require_disk_space(target.parent, count * 60_000, "drawing the sample pictures")
+    write_sample(target, count=count, seed=seed)
+    return "sample", {}
 
 
-def _pack_tar(path: Path, target: Path) -> str:
-    require_disk_space(target.parent, path.stat().st_size, f"repacking {path.name}")
-    try:
-        with tarfile.open(path) as archive:
-            _write_zip(target, _tar_members(archive, path))
-            _require_sound_end(archive)
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise CatdogError(f"dataset {path} is a damaged tar archive ({error}); fetch it again") from None
-    return "tar"
+def _fetch_published(one: Published, target: Path, downloads: Path, sha256: str) -> tuple[str, dict[str, Any]]:
+    expected = sha256 or one.sha256
+    size = one.bytes if expected == one.sha256 else None
+    facts = {"license": one.license, "homepage": one.homepage}
+    kind, origin = _download_and_pack(one.urls, one.name, target, downloads, expected, size=size, rename=one.rename)
+    return kind, facts | origin
 
 
-def _require_sound_end(archive: tarfile.TarFile) -> None:
-    """Raises tarfile.ReadError or the decompressor's error unless the archive is whole to its end.
-
-    tarfile takes a damaged header for the end of the archive, and stops before the compression's checksum.
-    """
-    file = archive.fileobj
-    assert file is not None
-    file.seek(archive.offset)
-    if file.read(512).strip(b"\0"):
-        raise tarfile.ReadError("a header is damaged")
-    while file.read(1 << 20):
-        pass
+def _fetch_address(dataset: str, target: Path, downloads: Path, sha256: str) -> tuple[str, dict[str, Any]]:
+    return _download_and_pack((dataset,), public_url(dataset), target, downloads, sha256)
 
 
-def _tar_members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
-    # In the archive's own order: a compressed tar can only be read forwards at a bearable cost.
-    for member in archive:
-        name = member.name.removeprefix("./")
-        if name in ("", "."):
-            continue
-        if name.startswith("/") or ".." in Path(name).parts:
-            raise CatdogError(f"dataset {path} has a member that leaves the archive: {member.name!r}; do not trust it")
-        if member.isdir():
-            yield name + "/", None
-        elif member.isfile():
-            yield name, archive.extractfile(member)
-        else:
+def _download_and_pack(
+    urls: tuple[str, ...],
+    name: str,
+    target: Path,
+    downloads: Path,
+    sha256: str,
+    *,
+    size: int | None = None,
+    rename: Rename | None = None,
+) -> tuple[str, dict[str, Any]]:
+    with _working_folder(downloads) as folder:
+        archive = folder / "archive"
+        got = download(urls, archive, parts=downloads, sha256=sha256, size=size)
+        kind = pack_archive(archive, target, rename=rename, location=name)
+    origin = {"url": got.url, "archive_sha256": got.sha256, "etag": got.etag, "last_modified": got.last_modified}
+    return kind, {key: value for key, value in origin.items() if value}
+
+
+def _fetch_kaggle(target: Path, downloads: Path, sha256: str) -> tuple[str, dict[str, Any]]:
+    with _fetched(lambda folder: fetch_kaggle(KAGGLE_COMPETITION, folder), downloads, "kaggle") as path:
+        found = _require_hash(path, "kaggle", sha256)
+        kind = pack_archive(path, target, location="kaggle")
+    page = f"https://www.kaggle.com/c/{KAGGLE_COMPETITION}"
+    return kind, {"homepage": page, "archive_sha256": found, "license": "the competition's rules"}
+
+
+def _fetch_drive(dataset: str, target: Path, downloads: Path, sha256: str) -> tuple[str, dict[str, Any]]:
+    name = f"drive-{hashlib.sha256(dataset.encode()).hexdigest()[:16]}"
+    with _fetched(lambda folder: fetch_drive(dataset, folder), downloads, name) as path:
+        if path.is_file():
+            found = _require_hash(path, dataset, sha256)
+            return pack_archive(path, target, location=dataset), {"url": dataset, "archive_sha256": found}
+        if sha256:
             raise CatdogError(
-                f"dataset {path} has a member that is neither a file nor a folder: {member.name!r}; "
-                "unpack it, replace links by files and give the folder"
+                f"download.sha256 is set, but dataset = {dataset!r} is a folder, no archive; set it to ''"
             )
+        pack_folder(path, target)
+        return "folder", {"url": dataset}
 
 
-def _pack_folder(folder: Path, target: Path) -> str:
-    paths = sorted(_walk(folder))
-    require_disk_space(target.parent, sum(p.stat().st_size for p in paths if p.is_file()), f"packing {folder}")
-    _write_zip(target, _folder_members(folder, paths))
-    return "folder"
+@contextlib.contextmanager
+def _fetched(client: Callable[[Path], Path], downloads: Path, name: str) -> Iterator[Path]:
+    """What a client brings into a folder of its own, which goes when the data has been packed, or was of no use.
 
-
-def _walk(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise CatdogError(f"dataset folder {error.filename} cannot be read: {error.strerror}; check its permissions")
-
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        for name in (*folders, *files):
-            path = Path(parent, name)
-            if not path.exists():
-                raise CatdogError(f"dataset folder has a link to nothing: {path}; remove or mend it")
-            if not path.is_dir() and not path.is_file():
-                raise CatdogError(f"dataset folder has something that is no file: {path}; remove it")
-            if path.is_symlink() and path.is_dir() and path.resolve() in (Path(parent).resolve(), *path.parents):
-                raise CatdogError(f"dataset folder has a link to a folder above itself: {path}; remove it")
+    Where the client was cut off the folder stays, so that it can go on. One process at a time: workers of DVC's queue
+    may bring the same data.
+    """
+    downloads.mkdir(parents=True, exist_ok=True)
+    with FileLock(downloads / f"{name}.lock"):
+        path = client(downloads / name)
+        try:
             yield path
+        finally:
+            shutil.rmtree(downloads / name)
 
 
-def _folder_members(folder: Path, paths: Iterable[Path]) -> Iterator[tuple[str, IO[bytes] | None]]:
-    for path in paths:
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir():
-            yield name + "/", None
-        else:
-            with path.open("rb") as file:
-                yield name, file
+def _fetch_archive(path: Path, dataset: str, target: Path, root: Path, sha256: str) -> tuple[str, dict[str, Any]]:
+    found = _require_hash(path, dataset, sha256)
+    origin = {"archive_sha256": found} | _require_tracked_state(path, root)
+    return pack_archive(path, target, location=dataset), origin
 
 
-def _write_zip(target: Path, members: Iterable[tuple[str, IO[bytes] | None]]) -> None:
-    """Stores members in a zip whose bytes depend on nothing but their names and contents."""
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for name, file in members:
-            # A zip's names are UTF-8; a name that is not is kept apart by its escaped bytes.
-            readable = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-            member = zipfile.ZipInfo(readable, _ZIP_DATE)
-            if file is None:
-                archive.writestr(member, b"")
-            else:
-                with archive.open(member, "w", force_zip64=True) as writer:
-                    while chunk := file.read(1 << 20):
-                        writer.write(chunk)
+def _fetch_folder(path: Path, dataset: str, target: Path, root: Path) -> tuple[str, dict[str, Any]]:
+    _kind_of_path(path, dataset)
+    origin = _require_tracked_state(path, root)
+    pack_folder(path, target)
+    return "folder", origin
 
 
-__all__ = ["FetchSource", "SourceFacts", "choose_source", "fetch"]
+def _require_hash(path: Path, dataset: str, sha256: str) -> str:
+    found = sha256_of(path)
+    if sha256 and found != sha256:
+        raise CatdogError(
+            f"dataset = {dataset!r} has the SHA-256 {found}, not download.sha256 = {sha256}; fetch it again, or set "
+            "download.sha256 to the new hash if the change is meant"
+        )
+    return found
+
+
+def _require_tracked_state(path: Path, root: Path) -> dict[str, Any]:
+    """Returns DVC's hash of data that the user tracks with `dvc add` or `dvc import-url`; none for other data.
+
+    Raises:
+        CatdogError: the data is no longer what its .dvc file says, so that the hash would be a lie.
+    """
+    tracking = dvc_tracking(path, root)
+    if tracking is None:
+        return {}
+    file, recorded = tracking
+    command = [sys.executable, "-m", "dvc", "status", "--json", os.fspath(file)]
+    answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise CatdogError(f"`dvc status {file.name}` failed: {' '.join(answer.stderr.split())[-300:]}")
+    if json.loads(answer.stdout or "{}"):
+        raise CatdogError(
+            f"{path.name} is not what {file.name} records; `dvc add {path.name}` records the change, "
+            f"`dvc checkout {file.name}` undoes it"
+        )
+    return {"dvc_file": file.relative_to(root).as_posix(), "dvc_hash": recorded}
+
+
+@contextlib.contextmanager
+def _working_folder(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` that disappears with what is in it."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        yield Path(folder)

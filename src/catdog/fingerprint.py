@@ -1,0 +1,125 @@
+"""A cheap look at what lies outside the pipeline: did the data set behind `dataset` change since it was brought in?
+
+DVC watches files whose paths stand in dvc.yaml; `dataset` may be any path or address. So the first stage takes
+this fingerprint at every run, in a fraction of a second, and DVC downloads again when it differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from catdog.catalog import is_named
+from catdog.errors import CatdogError
+from catdog.files import sha256_of
+from catdog.transfer import identity, public_url
+
+
+def fingerprint(dataset: str, root: Path, former: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what tells one state of a data set from another, as a JSON object.
+
+    A path is told by the names, sizes and times of its files, and by DVC's hash where DVC tracks it; an address by
+    what its server says about the file (ETag, date, size). Published sets, and those that only their own clients can
+    reach, are told by their name alone.
+
+    Args:
+        dataset: the `dataset` parameter.
+        root: the repository's root, from which a relative path counts.
+        former: the fingerprint of the run before. It stays valid, with a line on standard error, where a server
+            cannot be reached.
+    """
+    path = dataset_path(dataset, root)
+    if path is None:
+        if "://" not in dataset or "drive.google.com" in dataset:
+            return {"dataset": dataset}
+        return {"dataset": public_url(dataset), "remote": _remote(dataset, former)}
+    found: dict[str, Any] = {"dataset": dataset, "files": _files_digest(path)}
+    if found["files"] is not None and (tracked := dvc_tracking(path, root)) is not None:
+        found["dvc_file"], found["dvc_hash"] = tracked[0].name, tracked[1]
+    return found
+
+
+def dataset_path(dataset: str, root: Path) -> Path | None:
+    """Returns the path that a `dataset` means, or None where it is a name or an address."""
+    if is_named(dataset) or "://" in dataset:
+        return None
+    return root / Path(dataset).expanduser()
+
+
+def dvc_tracking(path: Path, root: Path) -> tuple[Path, str] | None:
+    """Returns the .dvc file that tracks a path, or a folder above it, and the hash that it records."""
+    for one in (path, *path.parents):
+        if not one.is_relative_to(root) or one == root:
+            return None
+        file = one.with_name(one.name + ".dvc")
+        if file.is_file():
+            outs = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("outs") or [{}]
+            return file, str(outs[0].get("md5", ""))
+    return None
+
+
+def curation_fingerprint(file: str, exclude: str, root: Path) -> dict[str, Any]:
+    """Returns hashes of the lists that the split stage reads, by parameter; null where none is set or it is missing."""
+    lists = {"split.file": file, "split.exclude": exclude}
+    paths = {name: root / Path(value).expanduser() for name, value in lists.items() if value}
+    return {name: sha256_of(paths[name]) if name in paths and paths[name].is_file() else None for name in lists}
+
+
+def _remote(dataset: str, former: dict[str, Any] | None) -> dict[str, Any]:
+    try:
+        return identity(dataset)
+    except CatdogError as error:
+        known = former is not None and former.get("dataset") == public_url(dataset)
+        if not known:
+            return {}  # the download will say what is wrong
+        print(
+            f"source: {public_url(dataset)} cannot be asked whether it changed; going on with what was downloaded "
+            f"before ({error})",
+            file=sys.stderr,
+        )
+        assert former is not None
+        remote: dict[str, Any] = former.get("remote", {})
+        return remote
+
+
+def _files_digest(path: Path) -> str | None:
+    """A hash over name, size and time of change of every file; None where nothing is there."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # also a name that no file can have
+        return None
+    if not stat.S_ISDIR(status.st_mode):
+        return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+    digest = hashlib.sha256()
+    for name, status in sorted(_entries(path, ""), key=lambda entry: entry[0]):
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _entries(folder: str | Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    # A link to a folder is entered once; packing refuses the ones that lead back.
+                    is_folder = entry.is_dir() and not (entry.is_symlink() and _leads_back(entry.path))
+                    status = entry.stat()
+                except OSError:
+                    continue  # packing will name it
+                if is_folder:
+                    yield from _entries(entry.path, f"{prefix}{entry.name}/")
+                else:
+                    yield f"{prefix}{entry.name}", status
+    except OSError:
+        return  # packing will name it
+
+
+def _leads_back(link: str) -> bool:
+    return Path(link).resolve() in (Path(link).parent.resolve(), *Path(link).parents)
