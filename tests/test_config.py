@@ -172,7 +172,7 @@ def test_wrong_type_is_refused_by_name(name, value):
         ("preprocess.resize", "squash"),
         ("preprocess.jpeg_quality", 0),
         ("preprocess.jpeg_quality", 101),
-        ("preprocess.images_per_shard", 0),
+        ("preprocess.shard_megabytes", 0),
         ("embed.pooling", "mean"),
         ("embed.engine", "torch"),
         ("embed.batch_size", 0),

@@ -1,5 +1,6 @@
 """What a viewer shows is accepted and shown right; what shows no picture is refused with a reason."""
 
+import functools
 import io
 import struct
 import time
@@ -20,7 +21,7 @@ from catdog.images import (
     model_pixels,
     resize,
 )
-from catdog.records import ImageRow, RecordReader, Shard, write_shard
+from catdog.records import ImageRow, RecordReader, Shard, encode_record, write_shard
 from catdog.sample import draw_animal
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -248,7 +249,7 @@ def test_jpeg_with_junk_before_its_end_marker():
 def test_jpeg_followed_by_junk_is_whole(junk):
     data = jpeg(scene())
     assert np.array_equal(decode(data + junk), decode(data))
-    assert decode_viewable(data + junk)[1]
+    assert decode_viewable(data + junk).whole
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -263,8 +264,8 @@ def test_jpeg_that_ends_half_way_shows_its_upper_half(progressive):
         assert np.array_equal(shown[:96], decode(whole)[:96])
         assert (shown[-16:] == 128).all()
     assert shown.shape == (240, 320, 3)
-    assert not decode_viewable(whole[: len(whole) // 2])[1]
-    assert decode_viewable(whole)[1]
+    assert not decode_viewable(whole[: len(whole) // 2]).whole
+    assert decode_viewable(whole).whole
 
 
 def test_jpeg_that_only_lacks_its_end_marker_is_shown_whole():
@@ -513,7 +514,9 @@ def pictures(tmp_path_factory):
 def test_model_pixels_are_bit_for_bit_those_of_the_shard(pictures, tmp_path, size, mode, quality):
     named, raw = pictures
     shard = Shard("test-00000-of-00001.tfrecord", "test", tuple(ImageRow(name, 0) for name in named))
-    write_shard(shard, raw, tmp_path, size=size, mode=mode, quality=quality, max_pixels=1e6)
+    options = {"classes": ("any",), "size": size, "mode": mode, "quality": quality, "max_pixels": 1e6}
+    with zipfile.ZipFile(raw) as archive:
+        write_shard(shard, tmp_path, functools.partial(encode_record, archive=archive, **options))
     stored = np.concatenate(list(RecordReader([tmp_path / shard.name], 5)))
     assert stored.shape == (len(named), size, size, 3)
     for name, pixels in zip(named, stored, strict=True):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import warnings
 import zipfile
 
 import cv2
@@ -31,6 +32,10 @@ def jpeg(pixels: np.ndarray, quality=90) -> bytes:
     return buffer.getvalue()
 
 
+def hash_of(pixels: np.ndarray) -> str:
+    return perceptual_hash(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
+
+
 def distance(one: str, other: str) -> int:
     return (int(one, 16) ^ int(other, 16)).bit_count()
 
@@ -42,17 +47,17 @@ def photos() -> list[np.ndarray]:
 
 
 def test_hash_is_128_bits_in_hexadecimal(photos):
-    digits = perceptual_hash(photos[0])
+    digits = hash_of(photos[0])
     assert len(digits) * 4 == HASH_BITS == 128
     assert int(digits, 16) >= 0
 
 
 def test_hash_of_a_rise_is_all_ones_and_of_a_constant_all_zeros():
     across = np.repeat(np.tile(np.arange(0, 180, 2, dtype=np.uint8), (90, 1))[..., None], 3, axis=2)
-    assert perceptual_hash(across) == "f" * 16 + "0" * 16
-    assert perceptual_hash(np.ascontiguousarray(across.transpose(1, 0, 2))) == "0" * 16 + "f" * 16
-    assert perceptual_hash(np.ascontiguousarray(across[:, ::-1])) == "0" * 32
-    assert perceptual_hash(np.full((40, 50, 3), 9, np.uint8)) == "0" * 32
+    assert hash_of(across) == "f" * 16 + "0" * 16
+    assert hash_of(np.ascontiguousarray(across.transpose(1, 0, 2))) == "0" * 16 + "f" * 16
+    assert hash_of(np.ascontiguousarray(across[:, ::-1])) == "0" * 32
+    assert hash_of(np.full((40, 50, 3), 9, np.uint8)) == "0" * 32
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.8, 1.5])
@@ -62,7 +67,7 @@ def test_hash_hardly_moves_when_a_picture_is_rescaled_and_compressed_again(photo
     for photo in photos:
         scaled = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         again = np.asarray(Image.open(io.BytesIO(jpeg(scaled, quality))))
-        moved.append(distance(perceptual_hash(photo), perceptual_hash(again)))
+        moved.append(distance(hash_of(photo), hash_of(again)))
     assert max(moved) <= 8
     assert np.median(moved) <= 4  # the default of split.near_duplicate_bits
 
@@ -70,14 +75,14 @@ def test_hash_hardly_moves_when_a_picture_is_rescaled_and_compressed_again(photo
 def test_hash_hardly_moves_when_brightness_changes_a_little(photos):
     for photo in photos:
         darker = (photo * 0.9).astype(np.uint8)
-        assert distance(perceptual_hash(photo), perceptual_hash(darker)) <= 8
+        assert distance(hash_of(photo), hash_of(darker)) <= 8
 
 
 def test_hashes_of_different_pictures_are_far_apart(photos):
-    hashes = [perceptual_hash(photo) for photo in photos]
+    hashes = [hash_of(photo) for photo in photos]
     apart = [distance(one, other) for i, one in enumerate(hashes) for other in hashes[:i]]
     assert min(apart) > 16  # the largest split.near_duplicate_bits
-    mirrored = [perceptual_hash(np.ascontiguousarray(photo[:, ::-1])) for photo in photos]
+    mirrored = [hash_of(np.ascontiguousarray(photo[:, ::-1])) for photo in photos]
     assert min(distance(one, other) for one, other in zip(hashes, mirrored, strict=True)) > 16
 
 
@@ -152,7 +157,7 @@ def test_inspection_measures_the_picture(photos):
     assert (found.height, found.width) == photos[0].shape[:2]
     assert found.bytes == len(data)
     assert found.sha256 == hashlib.sha256(data).hexdigest()
-    assert found.perceptual_hash == perceptual_hash(np.asarray(Image.open(io.BytesIO(data))))
+    assert found.perceptual_hash == hash_of(np.asarray(Image.open(io.BytesIO(data))))
     assert found.note == ""
     assert inspect(data[: len(data) * 2 // 3], max_pixels=1e6).note == "ends early"
 
@@ -216,13 +221,12 @@ def test_one_broken_file_of_each_kind_stops_nothing(photos, tmp_path):
     assert rejected["path"].tolist() == sorted(broken)
     told = rejected.set_index("path")
     assert told["bytes"].to_dict() == {name: len(data) for name, data in broken.items()}
-    assert told["label"].to_dict() == {name: name.split("/")[0] if "/" in name else "" for name in broken} | {
-        "dog/.hidden": ""
-    }
+    labels = {name: name.split("/")[0] if "/" in name else "" for name in broken}
+    assert told["label"].to_dict() == labels | {"dog/.hidden": "", "dog/Thumbs.db": ""}
     assert told.loc["cat/empty.jpg", "reason"] == "empty file (0 bytes)"
-    assert told.loc["cat/text.jpg", "reason"] == told.loc["dog/Thumbs.db", "reason"] == "not an image"
+    assert told.loc["cat/text.jpg", "reason"] == "not an image"
     assert "4000x4000 pixels" in told.loc["dog/huge.png", "reason"]
-    assert told.loc["dog/.hidden", "reason"] == "hidden file"
+    assert told.loc["dog/.hidden", "reason"] == told.loc["dog/Thumbs.db", "reason"] == "hidden file"
     assert told.loc["readme.txt", "reason"] == "outside any class folder"
 
 
@@ -290,3 +294,53 @@ def test_more_rejected_files_than_the_limit_stop_the_run(accepted, rejected, sha
 def test_commonest_reason_is_told():
     with pytest.raises(CatdogError, match="mostly: not an image, 5 times"):
         require_mostly_accepted(2, rejections(6), 0.1)
+
+
+@pytest.mark.parametrize("reason", ["hidden file", "not listed in split.file", "excluded", "excluded: blurred"])
+def test_what_is_no_defect_of_the_data_does_not_count(reason):
+    left_out = rejections(500).assign(reason=reason)
+    require_mostly_accepted(95, pd.concat([left_out, rejections(5)]), 0.05)
+    with pytest.raises(CatdogError, match="6 of 100 files"):
+        require_mostly_accepted(94, pd.concat([left_out, rejections(6)]), 0.05)
+
+
+def test_inspection_measures_colours_and_brightness():
+    grey = io.BytesIO()
+    Image.new("L", (40, 20), 200).save(grey, "PNG")
+    found = inspect(grey.getvalue(), max_pixels=1e6)
+    assert (found.width, found.height, found.format, found.mode, found.brightness) == (40, 20, "PNG", "L", 200.0)
+    black_and_white = np.zeros((20, 20, 3), np.uint8)
+    black_and_white[:10] = 255
+    found = inspect(jpeg(black_and_white, 100), max_pixels=1e6)
+    assert (found.format, found.mode) == ("JPEG", "RGB") and abs(found.brightness - 127.5) < 1
+
+
+def test_earlier_files_of_the_same_name_are_listed(photos, tmp_path):
+    path = tmp_path / "raw.zip"
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, number in [("cat/1.jpg", 0), ("dog/1.jpg", 1), ("cat/1.jpg", 2)]:
+            archive.writestr(name, jpeg(photos[number]))
+    accepted, rejected = inspected(path)
+    assert accepted["sha256"].tolist() == [hashlib.sha256(jpeg(photos[n])).hexdigest() for n in (2, 1)]
+    assert rejected[["path", "reason", "bytes"]].values.tolist() == [
+        ["cat/1.jpg", "a later file in the archive has the same name", len(jpeg(photos[0]))]
+    ]
+
+
+def test_near_pairs_equal_brute_force_at_any_distance():
+    rng = np.random.default_rng(5)
+    bits = rng.integers(0, 2, (60, 128))
+    bits = np.concatenate([bits, *(bits ^ (rng.random((60, 128)) < p) for p in (0.01, 0.05, 0.1, 0.15))])
+    hashes = [np.packbits(row).tobytes().hex() for row in bits]
+    for max_bits in (0, 1, 4, 9, 16):
+        groups = group_duplicates([str(i) for i in range(300)], hashes, max_bits)
+        near = [(i, j) for i in range(300) for j in range(i) if (bits[i] != bits[j]).sum() <= max_bits]
+        expected = np.arange(300)
+        for _ in range(300):
+            before = expected.copy()
+            for i, j in near:
+                expected[i] = expected[j] = min(expected[i], expected[j])
+            if (before == expected).all():
+                break
+        assert groups.tolist() == expected.tolist()

@@ -8,7 +8,19 @@ import pandas as pd
 import pytest
 
 from catdog.errors import CatdogError
-from catdog.split import assign_splits, count_table, draw_order, find_leaks, reject_contradictions
+from catdog.split import (
+    assign_folds,
+    assign_splits,
+    complete_given,
+    count_table,
+    draw_order,
+    find_leaks,
+    read_exclusions,
+    read_given_splits,
+    reject_contradictions,
+    reject_crossing,
+    reject_excluded,
+)
 
 
 def digest(text: object) -> str:
@@ -301,3 +313,164 @@ def test_table_of_counts():
         "test": {"cat": 1, "dog": 1},
     }
     assert list(found) == ["train", "val", "test"]
+
+
+def test_fixed_number_of_training_images_leaves_the_rest_unused():
+    images = pets(60, 40)
+    split = assign_splits(images, train=30, val=20, test=10, seed=1)
+    assert counts(images, split) == {
+        ("train", "cat"): 18,
+        ("train", "dog"): 12,
+        ("val", "cat"): 12,
+        ("val", "dog"): 8,
+        ("test", "cat"): 6,
+        ("test", "dog"): 4,
+        ("unused", "cat"): 24,
+        ("unused", "dog"): 16,
+    }
+    assert count_table(images.assign(split=split))["unused"] == {"cat": 24, "dog": 16}
+
+
+def test_groups_do_not_cross_where_the_training_split_is_limited():
+    for seed in range(20):
+        images = pets(60, 60, groups=[number // 2 if number < 30 else number for number in range(120)])
+        split = assign_splits(images, train=30, val=20, test=20, seed=seed)
+        assert crossing(images, split) == []
+        assert Counter(split)["train"] == 30
+
+
+def test_more_than_there_is_is_refused_with_every_share():
+    told = refused(pets(10, 10), train=10, val=6, test=6)
+    assert "split.test = 6 and split.val = 6 and split.train = 10" in told
+    assert assign_splits(pets(10, 10), train=8, val=6, test=6, seed=1).value_counts().to_dict() == {
+        "train": 8,
+        "val": 6,
+        "test": 6,
+    }
+
+
+@pytest.mark.parametrize(("cats", "dogs", "folds"), [(50, 30, 5), (17, 23, 4), (10, 10, 10)])
+def test_folds_test_every_image_once_and_are_even_in_every_class(cats, dogs, folds):
+    images = pets(cats, dogs)
+    splits = [assign_folds(images, folds=folds, fold=fold, val=0.1, seed=3) for fold in range(folds)]
+    tested = sum((split == "test").astype(int) for split in splits)
+    assert (tested == 1).all()
+    for split in splits:
+        found = counts(images, split)
+        assert cats // folds <= found["test", "cat"] <= -(-cats // folds)
+        assert dogs // folds <= found["test", "dog"] <= -(-dogs // folds)
+        assert sum(n for (name, _), n in found.items() if name == "val") == round(0.1 * (cats + dogs))
+
+
+def test_folds_keep_groups_together_and_do_not_depend_on_the_order_of_rows():
+    images = pets(60, 60, groups=[number // 3 if number < 60 else number for number in range(120)])
+    split = assign_folds(images, folds=4, fold=1, val=12, seed=9)
+    assert crossing(images, split) == []
+    shuffled = images.sample(frac=1, random_state=2)
+    again = assign_folds(shuffled, folds=4, fold=1, val=12, seed=9)
+    assert by_content(shuffled, again) == by_content(images, split)
+    assert by_content(images, assign_folds(images, folds=4, fold=1, val=12, seed=10)) != by_content(images, split)
+
+
+def test_more_folds_than_images_of_a_class_are_refused():
+    with pytest.raises(CatdogError, match="class 'dog' has 4 usable images, fewer than split"):
+        assign_folds(pets(20, 4), folds=5, fold=0, val=2, seed=1)
+
+
+def given(labels: str, splits: str, groups=None) -> pd.DataFrame:
+    return table(list(labels), groups).assign(split=splits.split())
+
+
+def test_given_splits_stay_as_they_are():
+    images = given("abababab", "train train val val test test unused train")
+    assert complete_given(images, val=0.5, test=0.5, seed=1).tolist() == images["split"].tolist()
+
+
+def test_missing_split_is_drawn_from_the_given_training_images():
+    images = given("ab" * 50, " ".join(["train"] * 80 + ["test"] * 20))
+    split = complete_given(images, val=0.25, test=0.5, seed=1)
+    assert (split[80:] == "test").all()
+    assert Counter(split[:80]) == {"train": 60, "val": 20}
+    only_training_and_validation = images.assign(split=images["split"].replace("test", "val"))
+    split = complete_given(only_training_and_validation, val=0.25, test=0.5, seed=1)
+    assert Counter(split[:80]) == {"train": 40, "test": 40} and (split[80:] == "val").all()
+
+
+def test_class_without_given_training_images_is_told():
+    with pytest.raises(CatdogError, match="class 'b' has no training images left"):
+        complete_given(given("aabb", "train val test val"), val=0.2, test=0.2, seed=1)
+
+
+def test_given_split_loses_what_would_leak_and_test_loses_nothing():
+    images = given("a" * 9, "train test train val val train train unused test", [0, 0, 2, 2, 4, 5, 5, 7, 7])
+    lost = reject_crossing(images)
+    assert lost["path"].tolist() == ["a/0.jpg", "a/2.jpg"]
+    assert lost["reason"].tolist() == [
+        "near-duplicate of an image in the given test split",
+        "near-duplicate of an image in the given val split",
+    ]
+    assert find_leaks(images.drop(lost.index)).empty
+
+
+def test_audit_compares_looks_without_trusting_the_groups():
+    images = pets(3, 3).assign(split=["train", "val", "test", "train", "val", "test"])
+    assert find_leaks(images, 4).empty
+    looks = int(images.loc[0, "perceptual_hash"], 16)
+    images.loc[5, "perceptual_hash"] = f"{looks ^ 0b1111:032x}"
+    assert find_leaks(images, 4).index.tolist() == [0, 5]
+    assert find_leaks(images, 3).empty and find_leaks(images).empty
+    images.loc[5, "split"] = "unused"
+    assert find_leaks(images, 4).empty
+
+
+def test_exclusions_by_content_and_by_path(tmp_path):
+    images = pets(3, 2)
+    path = tmp_path / "exclude.csv"
+    # The content decides where it is known: the file may have been renamed.
+    rows = [f"old/name.jpg,{images['sha256'][1].upper()},wrong label", "dog/4.jpg,,", f"cat/0.jpg,{'0' * 64},x"]
+    path.write_text("\n".join(["path,sha256,reason", *rows]))
+    lost = reject_excluded(images, read_exclusions(path, "exclude.csv"))
+    assert lost["path"].tolist() == ["cat/1.jpg", "dog/4.jpg"]
+    assert lost["reason"].tolist() == ["excluded: wrong label", "excluded"]
+    path.write_text("path\ncat/2.jpg\n")
+    assert reject_excluded(images, read_exclusions(path, "x"))["path"].tolist() == ["cat/2.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "cannot be read: No such file"),
+        ("", "is no CSV table"),
+        ("file,label\na,b\n", "neither a column path nor sha256"),
+    ],
+)
+def test_exclusions_that_cannot_be_used_are_told(tmp_path, content, told):
+    path = tmp_path / "x.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CatdogError, match=told):
+        read_exclusions(path, "x.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("path\na\n", "has no column split"),
+        ("path,split\na,train\nb,exam\n", "has the split 'exam' for 'b'"),
+        ("path,split\na,train\na,val\n", "names 'a' twice"),
+        ("path,split,label\na,train,x\nb,val,\n", "has no label for 'b'"),
+        (b"path,split\n\xff\xfe,train\n", "no CSV table in UTF-8"),
+    ],
+)
+def test_given_splits_that_cannot_be_used_are_told(tmp_path, content, told):
+    path = tmp_path / "x.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CatdogError, match=told) as caught:
+        read_given_splits(path, "x.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_given_splits_are_read_as_text(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("\ufeffpath,split,label\n1,train,007\nNA,validation,NA\n")
+    assert read_given_splits(path, "x.csv").values.tolist() == [["1", "train", "007"], ["NA", "val", "NA"]]

@@ -34,11 +34,18 @@ class DownloadParams(_Block):
 Share = Annotated[int | float, Field(gt=0)]
 
 
+def _share_or_rest(value: object) -> object:
+    """Refuses everything else itself: pydantic would tell it once for each type of the union."""
+    if value != "rest" and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+        raise ValueError("must be rest, a fraction below 1, or a whole number of images")
+    return value
+
+
 class SplitParams(_Block):
     """What is accepted and how it is split."""
 
     method: Literal["auto", "random", "given", "folds"] = "auto"
-    train: Share | Literal["rest"] = "rest"
+    train: Annotated[int | float | Literal["rest"], BeforeValidator(_share_or_rest)] = "rest"
     val: Share = 0.15
     test: Share = 0.2
     file: str = ""

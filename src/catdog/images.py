@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import cv2
@@ -26,12 +27,22 @@ class ImageError(Exception):
     """These bytes show no picture; the message is the reason, for a table of rejected files."""
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded file."""
+
+    pixels: Pixels  # uint8 [height, width, 3], RGB, upright
+    format: str  # of the file, e.g. JPEG, whatever its name says
+    mode: str  # colours of the file as Pillow names them, e.g. RGB, L, CMYK, P
+    whole: bool  # False for a JPEG that ends early
+
+
 def decode(data: bytes, *, max_pixels: float = MAX_PIXELS) -> Pixels:
     """Decodes a picture as a viewer shows it, in RGB; see `decode_viewable`."""
-    return decode_viewable(data, max_pixels=max_pixels)[0]
+    return decode_viewable(data, max_pixels=max_pixels).pixels
 
 
-def decode_viewable(data: bytes, *, max_pixels: float = MAX_PIXELS) -> tuple[Pixels, bool]:
+def decode_viewable(data: bytes, *, max_pixels: float = MAX_PIXELS) -> Decoded:
     """Decodes a picture as a viewer shows it: any format by content, upright, on white, in RGB.
 
     A JPEG that ends early is decoded as far as it goes. Animations give their first frame.
@@ -40,44 +51,43 @@ def decode_viewable(data: bytes, *, max_pixels: float = MAX_PIXELS) -> tuple[Pix
         data: the file's bytes.
         max_pixels: refuse larger pictures before decoding them.
 
-    Returns:
-        uint8 [height, width, 3], RGB; and whether the file was whole, not a JPEG that ends early.
-
     Raises:
         ImageError: empty, not an image, damaged beyond viewing, or too large.
     """
     if not data:
         raise ImageError("empty file (0 bytes)")
     try:
-        return _decode(data, max_pixels), True
+        return _decode(data, max_pixels)
     except ImageError:
         raise
     except UnidentifiedImageError:
         raise ImageError("not an image") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
         if data.startswith(b"\xff\xd8") and "truncated" in str(error):
-            return _decode_truncated_jpeg(data, max_pixels), False
+            return _decode_truncated_jpeg(data, max_pixels)
         raise ImageError(f"cannot be decoded: {error}") from None
 
 
-def _decode_truncated_jpeg(data: bytes, max_pixels: float) -> Pixels:
+def _decode_truncated_jpeg(data: bytes, max_pixels: float) -> Decoded:
     # With an end marker the decoder fills what is missing with grey, as viewers do.
     try:
-        pixels = _decode(data + _END_OF_JPEG, max_pixels)
+        decoded = _decode(data + _END_OF_JPEG, max_pixels)
     except Exception as error:
         raise ImageError(f"cannot be decoded: {error}") from None
+    pixels = decoded.pixels
     shown = (np.abs(pixels.astype(np.int16) - pixels[-1, -1]) > 8).any(axis=2).mean()
     if shown < 0.02:
         raise ImageError("truncated before any picture data")
-    return pixels
+    return replace(decoded, whole=False)
 
 
-def _decode(data: bytes, max_pixels: float) -> Pixels:
+def _decode(data: bytes, max_pixels: float) -> Decoded:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(f"{width}x{height} pixels are more than the limit of {max_pixels / 1e6:g} million")
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        return Decoded(pixels, image.format or "", image.mode, whole=True)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -16,14 +16,20 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from catdog.archives import duplicate_members
 from catdog.errors import CatdogError
-from catdog.images import ImageError, Pixels, decode_viewable
-from catdog.labels import Labelling
+from catdog.images import ImageError, decode_viewable
+from catdog.labels import EXCLUDED, HIDDEN, NOT_LISTED, Labelling
 from catdog.paths import REJECTED
 from catdog.progress import progress
 
 HASH_BITS = 128
 REJECTED_COLUMNS = ["path", "label", "reason", "bytes"]
+NO_DEFECTS = (HIDDEN, NOT_LISTED, EXCLUDED)
+"""How the reasons begin for which a file is left out although nothing is wrong with the data."""
+
+# What zipfile raises for a member that is damaged; a damaged name of its own is a UnicodeDecodeError.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class Inspection:
     width: int  # pixels, upright
     height: int
     bytes: int
+    format: str  # of the file by its content, e.g. JPEG
+    mode: str  # its colours as Pillow names them, e.g. RGB, L (grey), CMYK, P (palette)
+    brightness: float  # mean grey, 0 (black) to 255 (white)
     sha256: str  # of the file's bytes
     perceptual_hash: str  # 32 hexadecimal digits, see `perceptual_hash`
     note: str  # "" or what is unusual but acceptable
@@ -40,30 +49,33 @@ class Inspection:
 
 def inspect(data: bytes, *, max_pixels: float) -> Inspection:
     """Decodes a file fully and measures it; raises ImageError with the reason when it shows no picture."""
-    pixels, whole = decode_viewable(data, max_pixels=max_pixels)
+    decoded = decode_viewable(data, max_pixels=max_pixels)
+    grey = np.asarray(cv2.cvtColor(decoded.pixels, cv2.COLOR_RGB2GRAY), np.uint8)
     return Inspection(
-        width=pixels.shape[1],
-        height=pixels.shape[0],
+        width=grey.shape[1],
+        height=grey.shape[0],
         bytes=len(data),
+        format=decoded.format,
+        mode=decoded.mode,
+        brightness=round(float(grey.mean()), 1),
         sha256=hashlib.sha256(data).hexdigest(),
-        perceptual_hash=perceptual_hash(pixels),
-        note="" if whole else "ends early",
+        perceptual_hash=perceptual_hash(grey),
+        note="" if decoded.whole else "ends early",
     )
 
 
-def perceptual_hash(pixels: Pixels) -> str:
+def perceptual_hash(grey: npt.NDArray[np.uint8]) -> str:
     """Returns the 128-bit difference hash of a picture: 64 bits across and 64 bits down.
 
     Each bit says whether the brightness rises between two neighbours on a small grid, so rescaling,
     recompression and small changes of brightness move few bits (N. Krawetz, "Kind of Like That", 2013).
 
     Args:
-        pixels: uint8 [height, width, 3].
+        grey: uint8 [height, width], the brightness.
 
     Returns:
         32 hexadecimal digits.
     """
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     across = np.diff(cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16), axis=1) > 0
     down = np.diff(cv2.resize(grey, (8, 9), interpolation=cv2.INTER_AREA).astype(np.int16), axis=0) > 0
     return np.packbits(np.concatenate([across.ravel(), down.ravel()])).tobytes().hex()
@@ -114,16 +126,17 @@ def _near_pairs(hashes: npt.NDArray[np.uint8], max_bits: int) -> npt.NDArray[np.
     # Equal hashes are joined in a chain first, so that a thousand blank pictures are not half a million pairs.
     _, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     found.append(np.stack([np.arange(len(hashes)), first[inverse.ravel()]]))
+    # With bits as -1 and 1, the product of two hashes is 128 - 2 x distance: one matrix product compares a bucket.
+    signs = bits[first].astype(np.float32) * 2 - 1
     for part in np.array_split(np.arange(HASH_BITS), max_bits + 1):
         keys = np.packbits(bits[np.ix_(first, part)], axis=1)
         order = np.lexsort(keys.T)
         boundaries = np.flatnonzero((keys[order][1:] != keys[order][:-1]).any(axis=1)) + 1
         for bucket in np.split(order, boundaries):
-            for position, one in enumerate(bucket[:-1]):
-                others = bucket[position + 1 :]
-                distance = np.bitwise_count(hashes[first[one]] ^ hashes[first[others]]).sum(axis=1)
-                near = others[distance <= max_bits]
-                found.append(np.stack([np.full(len(near), first[one]), first[near]]))
+            for start in range(0, len(bucket) - 1, 1024):  # a block, so that a large bucket does not fill the memory
+                near = signs[bucket[start : start + 1024]] @ signs[bucket[start:]].T >= HASH_BITS - 2 * max_bits
+                one, other = np.nonzero(np.triu(near, 1))  # each pair once
+                found.append(first[bucket[start:]][np.stack([one, other])])
     return np.concatenate(found, axis=1)
 
 
@@ -149,7 +162,7 @@ def inspect_archive(
             return row | asdict(inspect(archive.read(path), max_pixels=max_pixels))
         except ImageError as error:
             reason = str(error)
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError) as error:
+        except _DAMAGE as error:
             reason = f"damaged in the archive: {error}"
         return row | {"reason": reason, "bytes": archive.getinfo(path).file_size}
 
@@ -158,7 +171,12 @@ def inspect_archive(
         rows = list(progress(pool.map(one, paths), "validate", len(paths), "images"))
     rows += [
         {"path": path, "label": "", "reason": reason, "bytes": archive.getinfo(path).file_size}
-        for path, reason in labelling.unlabelled.items()
+        for path, reason in labelling.refused.items()
+    ]
+    rows += [
+        {"path": member.filename, "label": "", "reason": "a later file in the archive has the same name"}
+        | {"bytes": member.file_size}
+        for member in duplicate_members(archive)
     ]
     columns = ["path", "label", *(field.name for field in fields(Inspection))]
     accepted = pd.DataFrame([row for row in rows if "reason" not in row], columns=columns)
@@ -169,13 +187,16 @@ def inspect_archive(
 def require_mostly_accepted(accepted: int, rejected: pd.DataFrame, max_share: float) -> None:
     """Stops a run whose data is mostly broken.
 
+    What an operating system or archiver left beside the pictures, and what the user left out, does not count.
+
     Raises:
         CatdogError: more than `max_share` of the files were rejected.
     """
-    total = accepted + len(rejected)
-    if len(rejected) > max_share * total:
-        reasons = rejected["reason"].value_counts()
+    counted = rejected[~rejected["reason"].astype(str).str.startswith(NO_DEFECTS)]
+    total = accepted + len(counted)
+    if len(counted) > max_share * total:
+        reasons = counted["reason"].value_counts()
         raise CatdogError(
-            f"{len(rejected):,} of {total:,} files were rejected, more than split.max_rejected = {max_share:g} allows "
+            f"{len(counted):,} of {total:,} files were rejected, more than split.max_rejected = {max_share:g} allows "
             f"(mostly: {reasons.index[0]}, {reasons.iloc[0]:,} times; all in {REJECTED}); mend the data or raise it"
         )

@@ -1,0 +1,164 @@
+"""From an archive to a manifest: every file is labelled, examined, and kept with a split or rejected with a reason.
+
+Nothing in the archive is changed, and nothing vanishes: each of its files is, exactly once, among the images, the
+rejected files or the unlabelled images.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from catdog.config import SplitParams
+from catdog.errors import CatdogError
+from catdog.labels import NOT_LISTED, label_by_table, label_files
+from catdog.quality import REJECTED_COLUMNS, group_duplicates, inspect_archive
+from catdog.split import (
+    assign_folds,
+    assign_splits,
+    complete_given,
+    draw_order,
+    find_leaks,
+    read_exclusions,
+    read_given_splits,
+    reject_contradictions,
+    reject_crossing,
+    reject_excluded,
+)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What is in an archive.
+
+    Attributes:
+        classes: class names, sorted; the position is the class's number.
+        images: path, label, the fields of `quality.Inspection`, and given: the split that the data set or
+            split.file gives, "" for none. Sorted by path.
+        rejected: path, label, reason, bytes; sorted by path.
+        unlabelled: path and bytes of the images that are there to be predicted; sorted by path.
+    """
+
+    classes: tuple[str, ...]
+    images: pd.DataFrame
+    rejected: pd.DataFrame
+    unlabelled: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Divided:
+    """How the images are divided.
+
+    Attributes:
+        method: random, given or folds.
+        manifest: the images with columns group and split, in an order drawn from seed and content.
+        rejected: rows that a given split had to lose, as `Examined.rejected`.
+    """
+
+    method: str
+    manifest: pd.DataFrame
+    rejected: pd.DataFrame
+
+
+def examine(archive: zipfile.ZipFile, params: SplitParams, *, root: Path, workers: int) -> Examined:
+    """Labels and inspects every file of an archive and applies the user's lists.
+
+    Args:
+        archive: the raw data set, from `archives.open_archive`.
+        params: the block `split` of params.yaml.
+        root: where relative paths of lists start.
+        workers: threads.
+
+    Raises:
+        CatdogError: no classes can be found, or a list cannot be read or does not fit the archive.
+    """
+    names = archive.namelist()
+    listed = read_given_splits(root / Path(params.file).expanduser(), params.file) if params.file else None
+    if listed is not None:
+        _require_present(listed["path"], names, params.file)
+    if listed is not None and "label" in listed.columns:
+        labelling = label_by_table(names, dict(zip(listed["path"], listed["label"], strict=True)))
+    else:
+        labelling = label_files(names)
+    given = labelling.splits if listed is None else dict(zip(listed["path"], listed["split"], strict=True))
+
+    images, rejected = inspect_archive(archive, labelling, max_pixels=params.max_megapixels * 1e6, workers=workers)
+    reasons = [rejected]
+    if listed is not None:
+        unlisted = images[~images["path"].isin(listed["path"])].assign(reason=NOT_LISTED)
+        images, reasons = images.drop(unlisted.index), [*reasons, unlisted]
+    if params.exclude:
+        exclusions = read_exclusions(root / Path(params.exclude).expanduser(), params.exclude)
+        excluded = reject_excluded(images, exclusions)
+        images, reasons = images.drop(excluded.index), [*reasons, excluded]
+    contradictions = reject_contradictions(images)
+    images, reasons = images.drop(contradictions.index), [*reasons, contradictions]
+
+    missing = sorted(set(labelling.classes) - set(images["label"]))
+    if missing:
+        raise CatdogError(
+            f"class {missing[0]!r} has no usable image left of those in the data set; mend or remove them all"
+        )
+    images = images.assign(given=[given.get(path, "") for path in images["path"]])
+    unlabelled = [(path, archive.getinfo(path).file_size) for path in labelling.unlabelled]
+    return Examined(
+        labelling.classes,
+        images.reset_index(drop=True),
+        pd.concat([one[REJECTED_COLUMNS] for one in reasons]).sort_values("path", ignore_index=True, kind="stable"),
+        pd.DataFrame(unlabelled, columns=["path", "bytes"]),
+    )
+
+
+def _require_present(paths: pd.Series, names: list[str], file: str) -> None:
+    absent = sorted(set(paths) - set(names))
+    if absent:
+        raise CatdogError(
+            f"split.file = {file!r} names {len(absent):,} files that the data set lacks, {absent[0]!r} for one; "
+            "its paths must be those inside the archive, as data/manifest.csv shows them"
+        )
+
+
+def divide(images: pd.DataFrame, params: SplitParams, *, seed: int) -> Divided:
+    """Groups the images that show the same, divides them, and proves that no group crosses the splits.
+
+    Args:
+        images: from `examine`.
+        params: the block `split` of params.yaml.
+        seed: draws splits and order.
+
+    Raises:
+        CatdogError: the images cannot be divided as asked; also when the proof fails, which is a defect.
+    """
+    method = params.method
+    is_given = bool((images["given"] != "").any())
+    if method == "auto":
+        method = "given" if is_given else "random"
+    elif method == "given" and not is_given:
+        raise CatdogError(
+            "split.method = 'given', but the data set has no folders train, val and test and split.file is not set; "
+            "set it, or use random"
+        )
+    images = images.assign(
+        group=group_duplicates(
+            images["sha256"].tolist(), images["perceptual_hash"].tolist(), params.near_duplicate_bits
+        )
+    )
+    crossing = images.iloc[:0].assign(reason="")
+    if method == "given":
+        images = images.assign(split=images["given"])
+        crossing = reject_crossing(images)
+        images = images.drop(crossing.index)
+        split = complete_given(images, val=params.val, test=params.test, seed=seed)
+    elif method == "folds":
+        split = assign_folds(images, folds=params.folds, fold=params.fold, val=params.val, seed=seed)
+    else:
+        train = None if params.train == "rest" else params.train
+        split = assign_splits(images, val=params.val, test=params.test, train=train, seed=seed)
+    manifest = images.drop(columns="given").assign(split=split)
+    manifest = manifest.loc[draw_order(manifest, seed).sort_values().index].reset_index(drop=True)
+    if not (leaks := find_leaks(manifest, params.near_duplicate_bits)).empty:
+        raise CatdogError(f"the audit found a leak between splits: {', '.join(leaks['path'].head(4))}; report this")
+    return Divided(method, manifest, crossing[REJECTED_COLUMNS].reset_index(drop=True))
