@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6E6E6E"  # Okabe and Ito's palette, "Color Universal Design"
+BLUE, ORANGE, GREY, LIGHT_GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#6E6E6E",
+    "#BDBDBD",
+)  # Okabe and Ito's palette, "Color Universal Design"
 _DPI = 110
 
 
@@ -33,7 +39,9 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with written_aside(path) as aside:
+    with warnings.catch_warnings(), written_aside(path) as aside:
+        # Letters that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(aside, format="png", metadata={"Software": None})
 
 
@@ -111,13 +119,14 @@ def plot_class_counts(counts: Mapping[str, Mapping[str, int]], path: Path) -> No
     classes = list(next(iter(counts.values())))
     figure, (axis,) = _figure(7, max(2.2, 1.0 + 0.35 * len(classes)))
     left = np.zeros(len(classes))
-    for (split, row), color in zip(counts.items(), (BLUE, ORANGE, GREY), strict=True):
+    for (split, row), color in zip(counts.items(), (BLUE, ORANGE, GREY, LIGHT_GREY), strict=False):
         values = np.array([row[name] for name in classes])
-        axis.barh(classes, values, left=left, color=color, label=f"{split} ({values.sum():,})")
+        axis.barh(
+            [_plain(name) for name in classes], values, left=left, color=color, label=f"{split} ({values.sum():,})"
+        )
         left += values
-    axis.invert_yaxis()
-    axis.set(xlabel="images")
-    axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axis.set(xlabel="images", ylim=(len(classes) - 0.4, -0.6))
+    figure.legend(frameon=False, ncols=len(counts), loc="outside upper center")
     _save(figure, path)
 
 
@@ -168,5 +177,94 @@ def plot_gallery(
         axis.axis("off")
     for axis, picture, caption in zip(axes, pictures, captions, strict=False):
         axis.imshow(resize(picture, side, "pad"))
-        axis.set_title(caption, fontsize=8, pad=3)
+        axis.set_title(_plain(caption), fontsize=8, pad=3)
     _save(figure, path)
+
+
+def plot_picture_rows(rows: Sequence[tuple[str, Sequence[Pixels]]], path: Path, *, title: str, side: int = 112) -> None:
+    """Draws rows of pictures, each with a text to its left, e.g. one row a class; with no rows, the title alone.
+
+    One canvas instead of one pair of axes a picture: hundreds of pictures take a second, not a minute.
+
+    Args:
+        rows: text (with line breaks) and pictures, uint8 [height, width, 3] of any size, shown whole on white.
+        title: above all rows.
+        side: pixels a side of each picture.
+    """
+    from matplotlib.figure import Figure
+
+    gap, edge, head, line_height, letter_width = 4, 8, 40, 14, 7  # pixels
+    texts = [text for text, _ in rows]
+    row_height = gap + max(side, line_height * max((text.count("\n") + 1 for text in texts), default=1))
+    columns = max((len(pictures) for _, pictures in rows), default=0)
+    canvas = np.full((len(rows) * row_height, columns * (side + gap), 3), 255, np.uint8)
+    for row, (_, pictures) in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            shown = shrink(picture, side)
+            height, width = shown.shape[:2]
+            top = row * row_height + (row_height - gap - height) // 2
+            left = column * (side + gap) + (side - width) // 2
+            canvas[top : top + height, left : left + width] = shown
+    longest = max((len(line) for text in texts for line in text.split("\n")), default=0)
+    text_width = longest * letter_width + (edge if longest else 0)
+    figure_width = max(text_width + canvas.shape[1], 9 * len(title)) + 2 * edge
+    figure_height = head + canvas.shape[0] + edge
+    figure = Figure(figsize=(figure_width / _DPI, figure_height / _DPI), dpi=_DPI)
+    figure.text(edge / figure_width, 1 - head / 2 / figure_height, _plain(title), fontsize=11, va="center")
+    if canvas.size:
+        # Placed in the file's own pixels, so that nothing is resampled.
+        figure.figimage(canvas, xo=edge + text_width, yo=edge)
+    for row, text in enumerate(texts):
+        middle = 1 - (head + row * row_height + (row_height - gap) / 2) / figure_height
+        figure.text(edge / figure_width, middle, _plain(text), fontsize=7.5, va="center", linespacing=1.3)
+    _save(figure, path)
+
+
+def plot_properties(manifest: pd.DataFrame, path: Path) -> None:
+    """Draws brightness by class, and how many images have each file format and each colour mode.
+
+    Args:
+        manifest: columns label, brightness (mean grey, 0..255), format and mode.
+    """
+    figure, axes = _figure(12, 3.6, columns=3)
+    classes = sorted(manifest["label"].unique())
+    bins = np.linspace(0, 256, 33).tolist()
+    if len(classes) <= 4:
+        for name, color in zip(classes, (BLUE, ORANGE, GREY, "#009E73"), strict=False):
+            values = manifest.loc[manifest["label"] == name, "brightness"]
+            share = np.full(len(values), 1 / len(values))
+            label = _plain(name)
+            axes[0].hist(values, bins=bins, weights=share, histtype="step", color=color, label=label, linewidth=2)
+        axes[0].legend(frameon=False)
+        axes[0].set(xlabel="brightness (mean grey, 0 to 255)", ylabel="share of the class")
+    else:
+        axes[0].hist(manifest["brightness"], bins=bins, color=BLUE)
+        axes[0].set(xlabel="brightness (mean grey, 0 to 255)", ylabel="images")
+    for axis, column, label in ((axes[1], "format", "file format"), (axes[2], "mode", "colour mode")):
+        counts = manifest[column].value_counts().sort_index().sort_values(ascending=False, kind="stable").head(10)
+        bars = axis.barh([_plain(name) for name in counts.index], counts.to_numpy(), color=BLUE)
+        axis.bar_label(bars, [f" {count:,}" for count in counts])
+        axis.margins(x=0.2)
+        axis.set(xlabel="images", title=label, ylim=(max(4, len(counts)) - 0.5, -0.6))
+    _save(figure, path)
+
+
+def shrink(pixels: Pixels, side: int) -> Pixels:
+    """Shrinks a picture, its aspect kept, until neither side is above `side` pixels; never enlarges it.
+
+    Args:
+        pixels: uint8 [height, width, 3].
+        side: pixels.
+    """
+    import cv2
+
+    scale = side / max(pixels.shape[:2])
+    if scale >= 1:
+        return pixels
+    height, width = (max(1, round(length * scale)) for length in pixels.shape[:2])
+    return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _plain(text: str) -> str:
+    """Text that Matplotlib takes as it is: between two dollar signs it would set a formula, or fail to."""
+    return text.replace("$", r"\$")
