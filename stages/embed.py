@@ -9,7 +9,7 @@ from catdog.files import read_json
 from catdog.inference import choose_engine, compile_forward
 from catdog.model import build_extractor
 from catdog.progress import progress
-from catdog.records import shard_paths
+from catdog.records import shard_paths, verify_shards
 from catdog.runtime import device_name, prepare_keras
 from catdog.tracking import log_data_hash, stage
 from catdog.weights import load_weights
@@ -20,8 +20,9 @@ def main() -> None:
     with stage("embed") as run:
         log_data_hash(run, paths.TFRECORDS)
         params = run.params.embed
+        verify_shards(paths.TFRECORDS, paths.SPLITS)
         prepare_keras(run.params.seed)
-        dataset = read_json(paths.DATASET_INFO)
+        dataset = read_json(paths.PREPROCESS_REPORT)
         backbone = get_backbone(run.params.backbone)
         network = build_backbone(backbone, dataset["image_size"])
         weights = load_weights(network, backbone, run.params.weights, pretrained_dir=paths.PRETRAINED, root=run.root)

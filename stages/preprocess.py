@@ -7,41 +7,60 @@ import time
 import pandas as pd
 
 from catdog import paths
+from catdog.archives import open_archive
 from catdog.files import read_json
 from catdog.progress import progress
-from catdog.records import ImageRow, map_shards, plan_shards, write_shard
+from catdog.records import (
+    ImageRow,
+    encode_record,
+    images_per_shard,
+    map_shards,
+    mean_record_bytes,
+    plan_shards,
+    write_index,
+    write_shard,
+)
 from catdog.runtime import prepare_keras
 from catdog.tracking import log_data_hash, stage
 
 
 def main() -> None:
     """Runs the stage."""
-    with stage("preprocess") as run:
+    with stage("preprocess") as run, open_archive(paths.RAW) as archive:
         log_data_hash(run, paths.MANIFEST)
         params = run.params.preprocess
+        workers = os.cpu_count() or 1
         prepare_keras(run.params.seed)
         classes = read_json(paths.DATA_REPORT)["classes"]
         number = {name: index for index, name in enumerate(classes)}
         # As text: a class may be called 1 or NA.
         manifest = pd.read_csv(paths.MANIFEST, dtype={"path": str, "label": str}, keep_default_na=False)
-        shards = []
-        for split, rows in manifest.groupby("split"):
-            images = [ImageRow(path, number[label]) for path, label in zip(rows["path"], rows["label"], strict=True)]
-            shards += plan_shards(str(split), images, params.images_per_shard)
-        write = functools.partial(
-            write_shard,
-            raw=paths.RAW,
-            folder=paths.TFRECORDS,
+        rows: dict[str, list[ImageRow]] = {}
+        for split in paths.SPLITS:  # the manifest may hold images in none of them
+            of_split = manifest[manifest["split"] == split]
+            rows[split] = [
+                ImageRow(path, number[label]) for path, label in zip(of_split["path"], of_split["label"], strict=True)
+            ]
+        images = [row for split in paths.SPLITS for row in rows[split]]
+        encode = functools.partial(
+            encode_record,
+            archive=archive,
+            classes=classes,
             size=params.image_size,
             mode=params.resize,
             quality=params.jpeg_quality,
             max_pixels=run.params.split.max_megapixels * 1e6,
         )
         started = time.monotonic()
-        written = map_shards(write, shards, workers=os.cpu_count() or 1)
-        sizes = list(progress(written, "preprocess", len(shards), "shards"))
+        record_bytes = mean_record_bytes(images, encode, workers=workers)
+        limit = images_per_shard(len(images), record_bytes, params.shard_megabytes * 1e6)
+        shards = [shard for split in paths.SPLITS for shard in plan_shards(split, rows[split], limit)]
+        write = functools.partial(write_shard, folder=paths.TFRECORDS, encode=encode)
+        written = list(progress(map_shards(write, shards, workers=workers), "preprocess", len(shards), "shards"))
         seconds = time.monotonic() - started
-        rate = len(manifest) / seconds
+        write_index(paths.TFRECORDS, written, classes, size=params.image_size)
+        rate = len(images) / seconds
+        total = sum(shard.bytes for shard in written)
         run.measure({"images_per_second": round(rate, 1)})
         run.finish(
             {
@@ -49,12 +68,12 @@ def main() -> None:
                 "image_size": params.image_size,
                 "resize": params.resize,
                 "jpeg_quality": params.jpeg_quality,
-                "images": {split: int((manifest["split"] == split).sum()) for split in paths.SPLITS},
+                "images": {split: len(rows[split]) for split in paths.SPLITS},
                 "shards": len(shards),
-                "bytes": sum(sizes),
-                "largest_shard_bytes": max(sizes),
+                "bytes": total,
+                "largest_shard_bytes": max(shard.bytes for shard in written),
             },
-            f"{len(manifest):,} images in {len(shards)} shards, {sum(sizes) / 1e6:,.1f} MB, {rate:,.0f} images/s",
+            f"{len(images):,} images in {len(shards)} shards, {total / 1e6:,.1f} MB, {rate:,.0f} images/s",
         )
 
 

@@ -23,7 +23,7 @@ def main() -> None:
         prepare_keras(run.params.seed)
         run.note({"device": device_name()})
         # What the features were made with, not what params.yaml says: the model must match the features.
-        dataset, embedded = read_json(paths.DATASET_INFO), read_json(paths.FEATURES_INFO)
+        dataset, embedded = read_json(paths.PREPROCESS_REPORT), read_json(paths.FEATURES_INFO)
         # First of all that draws random numbers, as in embed: so `weights: random` is the same network in both.
         backbone = get_backbone(embedded["backbone"])
         network = build_backbone(backbone, dataset["image_size"])

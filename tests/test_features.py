@@ -1,5 +1,6 @@
 """Features on disk: what the forward pass gave, in the shards' order, read at any positions."""
 
+import functools
 import io
 import zipfile
 from itertools import pairwise
@@ -9,7 +10,15 @@ import pytest
 from PIL import Image
 
 from catdog.features import FeatureSet, embed_shard, open_features
-from catdog.records import ImageRow, RecordReader, plan_shards, shard_paths, write_shard
+from catdog.records import (
+    ImageRow,
+    RecordReader,
+    encode_record,
+    plan_shards,
+    shard_paths,
+    write_index,
+    write_shard,
+)
 
 
 def feature_set(sizes, width=3) -> FeatureSet:
@@ -54,8 +63,11 @@ def embedded(tmp_path):
             Image.new("L", (32, 32), 20 * number).save(buffer, "PNG")
             archive.writestr(f"{number}.png", buffer.getvalue())
     rows = [ImageRow(f"{number}.png", number % 3) for number in range(11)]
-    for shard in plan_shards("train", rows, 4):
-        write_shard(shard, tmp_path / "raw.zip", tmp_path, size=32, mode="stretch", quality=95, max_pixels=1e6)
+    options = {"classes": "abc", "size": 32, "mode": "stretch", "quality": 95, "max_pixels": 1e6}
+    with zipfile.ZipFile(tmp_path / "raw.zip") as archive:
+        encode = functools.partial(encode_record, archive=archive, **options)
+        written = [write_shard(shard, tmp_path, encode) for shard in plan_shards("train", rows, 4)]
+    write_index(tmp_path, written, "abc", size=32)
 
     def forward(batches):
         return np.concatenate(

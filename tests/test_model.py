@@ -1,6 +1,7 @@
 """The model: the head's shape, the parts joined exactly, and a file that stands for itself."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -32,7 +33,15 @@ from catdog.model import (
     read_info,
     save_model,
 )
-from catdog.records import ImageRow, RecordReader, plan_shards, shard_paths, write_shard
+from catdog.records import (
+    ImageRow,
+    RecordReader,
+    encode_record,
+    plan_shards,
+    shard_paths,
+    write_index,
+    write_shard,
+)
 from catdog.sample import write_sample
 from catdog.tracking import STAGES
 
@@ -306,11 +315,14 @@ def test_trained_file_holds_the_network_that_made_the_features(tmp_path, monkeyp
     write_sample(tmp_path / "raw.zip", count=12, seed=1)
     with zipfile.ZipFile(tmp_path / "raw.zip") as archive:
         rows = [ImageRow(name, int("dog" in name.lower())) for name in archive.namelist() if not name.endswith("/")]
-    for split, part in (("train", rows[::2]), ("val", rows[1::4]), ("test", rows[3::4])):
-        for shard in plan_shards(split, part, 4):
-            write_shard(shard, Path("raw.zip"), paths.TFRECORDS, size=32, mode="stretch", quality=95, max_pixels=1e8)
-    described = {"classes": ["cat", "dog"], "image_size": 32, "resize": "stretch", "jpeg_quality": 95}
-    write_json(paths.DATASET_INFO, described)
+        classes, options = ("cat", "dog"), {"size": 32, "mode": "stretch", "quality": 95, "max_pixels": 1e8}
+        encode = functools.partial(encode_record, archive=archive, classes=classes, **options)
+        splits = {"train": rows[::2], "val": rows[1::4], "test": rows[3::4]}
+        shards = [shard for split, part in splits.items() for shard in plan_shards(split, part, 4)]
+        written = [write_shard(shard, paths.TFRECORDS, encode) for shard in shards]
+    write_index(paths.TFRECORDS, written, classes, size=32)
+    described = {"classes": list(classes), "image_size": 32, "resize": "stretch", "jpeg_quality": 95}
+    write_json(paths.PREPROCESS_REPORT, described)
     blocks = {name: {} for name in ("download", "split", "preprocess", "evaluate")}
     blocks |= {"embed": {"engine": "keras"}, "train": {"epochs": 1}}
     params = validate_params({**blocks, "weights": weights})
