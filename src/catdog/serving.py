@@ -15,8 +15,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from catdog.images import ImageError, model_pixels
-from catdog.model import class_probabilities, load_model
+from catdog.images import ImageError
+from catdog.predict import Classifier, most_probable
 
 MODEL_NAME = "cats-vs-dogs"
 _REQUIREMENTS = (
@@ -30,7 +30,8 @@ class ServedModel(PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: PythonModelContext) -> None:
         """Loads the .keras file that was logged with the model."""
-        self.model, self.info = load_model(Path(context.artifacts["model"]))
+        # The engine that every server has: OpenVINO is not among the model's requirements.
+        self.classifier = Classifier(Path(context.artifacts["model"]), engine="keras")
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -47,18 +48,15 @@ class ServedModel(PythonModel):  # type: ignore[misc]
                 would send its stack trace to the client.)
         """
         pixels = [self._pixels(position, text) for position, text in enumerate(model_input["image"])]
-        output = np.asarray(self.model.predict_on_batch(np.stack(pixels).astype(np.float32)))
-        probabilities = class_probabilities(output)
-        best = probabilities.argmax(axis=1)
-        columns = {f"p_{name}": probabilities[:, number] for number, name in enumerate(self.info.class_names)}
-        labels = np.asarray(self.info.class_names)[best]
+        probabilities = self.classifier.probabilities([np.stack(pixels)] if pixels else [])
+        class_names = self.classifier.info.class_names
+        columns = {f"p_{name}": probabilities[:, number] for number, name in enumerate(class_names)}
+        labels = np.asarray(class_names)[most_probable(probabilities)]
         return pd.DataFrame({"label": labels, "probability": probabilities.max(axis=1), **columns})
 
     def _pixels(self, position: int, text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        info = self.info
         try:
-            data = base64.b64decode(text, validate=True)
-            return model_pixels(data, size=info.image_size, mode=info.resize, quality=info.jpeg_quality)
+            return self.classifier.pixels(base64.b64decode(text, validate=True))
         except (ImageError, binascii.Error, TypeError, ValueError) as error:
             raise MlflowException(
                 f"image {position}: {error}; send the base64 of an image file's bytes",
