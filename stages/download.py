@@ -21,6 +21,7 @@ def main() -> None:
             root=run.root,
             seed=params.seed,
             sample_images=params.download.sample_images,
+            sha256=params.download.sha256,
         )
         run.finish(facts.as_dict(), f"{facts.files:,} files, {facts.bytes / 1e6:,.1f} MB from {facts.location}")
 

@@ -1,19 +1,19 @@
 """Judges the saved model, end to end, on the untouched test split."""
 
 import time
-import zipfile
 
 import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from catdog import paths
+from catdog.archives import open_archive
 from catdog.evaluation import class_table, compute_metrics, predict_classes, prediction_table, roc_table
 from catdog.files import write_text
 from catdog.images import decode
 from catdog.inference import choose_engine, compile_forward
 from catdog.model import class_probabilities, load_model
 from catdog.plots import plot_confusion, plot_gallery, plot_roc
-from catdog.records import RecordReader, shard_paths
+from catdog.records import RecordReader, shard_paths, verify_shards
 from catdog.runtime import device_name, prepare_keras
 from catdog.tracking import log_data_hash, stage
 
@@ -23,6 +23,7 @@ def main() -> None:
     with stage("evaluate") as run:
         log_data_hash(run, paths.TFRECORDS)
         params = run.params.evaluate
+        verify_shards(paths.TFRECORDS, ["test"])
         prepare_keras(run.params.seed)
         model, info = load_model(paths.MODEL)
         engine = choose_engine(run.params.embed.engine)
@@ -49,7 +50,7 @@ def main() -> None:
         plot_roc(roc, metrics["roc_auc"], paths.EVALUATION_PICTURES / "roc.png")
         wrong = predictions[~predictions["correct"]].sort_values(["confidence", "path"], ascending=[False, True])
         shown = wrong.head(params.gallery)
-        with zipfile.ZipFile(paths.RAW) as archive:
+        with open_archive(paths.RAW) as archive:
             plot_gallery(
                 [decode(archive.read(path)) for path in shown["path"]],
                 [f"{row.label}, called {row.predicted}\n{row.confidence:.1%}" for row in shown.itertuples()],

@@ -304,4 +304,4 @@ def test_good_outputs_come_back_after_a_failure(stage, prepare, finished, make_c
     (project.root / "params.yaml").write_text(good)
     assert project.repro() == []
     assert project.out_hashes() == finished.out_hashes()
-    assert project.dvc("status").stdout.strip() == "Data and pipelines are up to date."
+    assert project.dvc("status").stdout.strip() == "source:\n\talways changed"

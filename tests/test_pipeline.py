@@ -35,8 +35,8 @@ def count_records(shard):
 
 def test_every_declared_output_exists_and_is_locked(finished):
     outs = declared_outs(finished)
-    assert list(outs) == list(STAGES)
-    assert set(finished.lock()) == set(STAGES)
+    assert list(outs) == ["source", *STAGES]
+    assert set(finished.lock()) == {"source", *STAGES}
     for name, paths in outs.items():
         assert {out["path"] for out in finished.lock()[name].get("outs", [])} == set(paths)
         assert [path for path in paths if not (finished.root / path).exists()] == []
@@ -77,7 +77,7 @@ def test_manifest_and_rejected_list_every_raw_file_once(finished):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_shards_and_features_hold_every_image_of_a_split(finished, split):
-    info = read_json(finished.root / "data/tfrecords/dataset_info.json")
+    info = read_json(finished.root / "data/tfrecords/preprocess.json")
     rows = [row for row in read_csv(finished.root / "data/manifest.csv") if row["split"] == split]
     shards = sorted((finished.root / "data/tfrecords").glob(f"{split}-*.tfrecord"))
     assert [*map(count_records, shards)] == [
@@ -96,7 +96,7 @@ from catdog.images import model_pixels
 
 uri, run_id, *paths = sys.argv[1:]
 model = keras.models.load_model("models/model.keras")
-info = json.load(open("data/tfrecords/dataset_info.json"))
+info = json.load(open("data/tfrecords/preprocess.json"))
 archive = zipfile.ZipFile("data/raw.zip")
 files = [archive.read(path) for path in paths]
 pixels = [
@@ -113,7 +113,7 @@ print(json.dumps({"plain": plain.tolist(), "served": table["p_" + info["classes"
 
 def test_evaluation_plain_keras_and_the_served_model_agree(finished):
     rows = read_csv(finished.root / "reports/predictions.csv")[:5]
-    second = read_json(finished.root / "data/tfrecords/dataset_info.json")["classes"][1]
+    second = read_json(finished.root / "data/tfrecords/preprocess.json")["classes"][1]
     run = finished.store().last_child("train")
     uri = f"sqlite:///{finished.root / 'mlflow.db'}"
     done = finished.run("python", "-c", PREDICT, uri, run.info.run_id, *(row["path"] for row in rows), PYTHONPATH="src")
@@ -160,7 +160,7 @@ def test_the_users_tracking_store_is_respected(elsewhere, other_store):
 
 def test_a_folder_with_three_classes_goes_through(shapes):
     root = shapes.root
-    assert read_json(root / "data/tfrecords/dataset_info.json")["classes"] == list(SHAPES)
+    assert read_json(root / "data/tfrecords/preprocess.json")["classes"] == list(SHAPES)
     rows = read_csv(root / "reports/predictions.csv")
     assert {row["label"] for row in rows} == set(SHAPES)
     for row in rows:

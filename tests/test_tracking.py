@@ -96,7 +96,9 @@ def test_pictures_are_artifacts_on_disk(finished):
         (parent, "evaluation/confusion.png"),
         (parent, "learning_curves.png"),
         (parent, "metrics.json"),
-        (store.last_child("split"), "data/montage.png"),
+        (store.last_child("split"), "data.html"),
+        (store.last_child("split"), "data/montage-1-cat.png"),
+        (store.last_child("split"), "data/properties.png"),
         (store.last_child("train"), "learning_curves.png"),
         (store.last_child("evaluate"), "predictions.csv"),
     ):

@@ -61,8 +61,8 @@ class StageFiles:
 
 STAGES: Mapping[str, StageFiles] = {
     "download": StageFiles(paths.DOWNLOAD_REPORT),
-    "split": StageFiles(paths.DATA_REPORT, (paths.REJECTED, paths.DATA_PICTURES)),
-    "preprocess": StageFiles(paths.DATASET_INFO),
+    "split": StageFiles(paths.DATA_REPORT, (paths.REJECTED, paths.DATA_PAGE, paths.DATA_PICTURES)),
+    "preprocess": StageFiles(paths.PREPROCESS_REPORT),
     "embed": StageFiles(paths.FEATURES_INFO),
     "train": StageFiles(paths.TRAIN_REPORT, (paths.HISTORY, paths.LEARNING_CURVES)),
     "evaluate": StageFiles(paths.METRICS, (paths.PREDICTIONS, paths.ROC, paths.EVALUATION_PICTURES)),

@@ -1,0 +1,26 @@
+"""Looks whether the data set, or a list of images, changed since the last run, so that DVC fetches it again.
+
+This stage runs at every `dvc repro`, so it is quick, and it judges nothing: a missing or wrong value is for the
+stage that needs it.
+"""
+
+import yaml
+
+from catdog import paths
+from catdog.files import read_json, write_json
+from catdog.fingerprint import curation_fingerprint, fingerprint
+
+
+def main() -> None:
+    """Runs the stage."""
+    root = paths.repository_root()
+    tree = yaml.safe_load(paths.PARAMS.read_text(encoding="utf-8"))
+    split = tree.get("split") or {}
+    former = read_json(paths.SOURCE_REPORT) if paths.SOURCE_REPORT.exists() else None
+    write_json(paths.SOURCE_REPORT, fingerprint(str(tree.get("dataset")), root, former))
+    curation = curation_fingerprint(str(split.get("file") or ""), str(split.get("exclude") or ""), root)
+    write_json(paths.CURATION_REPORT, curation)
+
+
+if __name__ == "__main__":
+    main()
