@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from catdog import paths
-from catdog.archives import open_archive
+from catdog.archives import open_archive, read_member
 from catdog.evaluation import class_table, compute_metrics, predict_classes, prediction_table, roc_table
 from catdog.files import write_text
 from catdog.images import decode
@@ -52,7 +52,7 @@ def main() -> None:
         shown = wrong.head(params.gallery)
         with open_archive(paths.RAW) as archive:
             plot_gallery(
-                [decode(archive.read(path)) for path in shown["path"]],
+                [decode(read_member(archive, path)) for path in shown["path"]],
                 [f"{row.label}, called {row.predicted}\n{row.confidence:.1%}" for row in shown.itertuples()],
                 paths.EVALUATION_PICTURES / "mistakes.png",
                 title=f"The {len(shown)} most confident of {len(wrong):,} mistakes"

@@ -1,11 +1,12 @@
 """Validates every image, finds duplicates, and divides the rest into train, val and test."""
 
+import functools
 import os
 
 import pandas as pd
 
 from catdog import paths
-from catdog.archives import open_archive
+from catdog.archives import open_archive, read_member
 from catdog.curation import divide, examine
 from catdog.data_page import write_data_page
 from catdog.files import write_text
@@ -47,7 +48,7 @@ def main() -> None:
             manifest=manifest,
             rejected=rejected,
             report=report,
-            read=archive.read,
+            read=functools.partial(read_member, archive),
             pictures=paths.DATA_PICTURES,
             max_pixels=params.max_megapixels * 1e6,
         )

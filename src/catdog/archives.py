@@ -85,14 +85,6 @@ class MemberError(Exception):
     """A file in an archive cannot be read; the message is the reason, for a table of rejected files."""
 
 
-def is_archive(path: Path) -> bool:
-    """Says whether a file is an archive that `pack_archive` can read, by its content and not by its name."""
-    try:
-        return path.is_file() and bool(_kind(path, path.name))
-    except CatdogError:
-        return False
-
-
 def pack_archive(path: Path, target: Path, *, rename: Rename | None = None, location: str = "") -> Kind:
     """Brings an archive (zip, tar, tar.gz, tar.bz2, tar.xz) in as a zip.
 
@@ -194,13 +186,13 @@ def read_member(archive: zipfile.ZipFile, member: str | zipfile.ZipInfo) -> byte
     `ZipFile.read` would follow a member that unpacks to more than it claims to any size.
 
     Raises:
-        MemberError: it is damaged, or compressed in a way that cannot be read.
+        MemberError: it is damaged, protected, or compressed in a way that cannot be read.
     """
     info = archive.getinfo(member) if isinstance(member, str) else member
     try:
         with archive.open(info) as file:
             return file.read(info.file_size)
-    except (*_DAMAGE, OSError) as error:
+    except (*_DAMAGE, OSError, RuntimeError) as error:  # RuntimeError: a password protects it
         raise MemberError(f"damaged in the archive: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -675,7 +667,6 @@ __all__ = [
     "MemberError",
     "Rename",
     "duplicate_members",
-    "is_archive",
     "open_archive",
     "pack_archive",
     "pack_folder",

@@ -7,12 +7,10 @@ import csv
 import io
 import itertools
 import json
-import lzma
 import os
 import re
 import sys
 import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from catdog import paths
-from catdog.archives import open_archive
+from catdog.archives import MemberError, open_archive, read_member
 from catdog.errors import CatdogError
 from catdog.files import write_text
 from catdog.images import ImageError, Pixels, model_pixels
@@ -209,7 +207,7 @@ def _reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[], b
     def read() -> bytes:
         if member.file_size > _MAX_MEMBER_BYTES:
             raise ImageError(f"{member.file_size:,} bytes are more than the limit of {_MAX_MEMBER_BYTES:,}")
-        return archive.read(member)
+        return read_member(archive, member)
 
     return read
 
@@ -253,13 +251,10 @@ def _decode_ahead(
     def decode(file: ImageFile) -> Pixels | str:
         try:
             return pixels(file.read())
-        except ImageError as error:
+        except (ImageError, MemberError) as error:
             return str(error)
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"
-        # RuntimeError: a password protects the member.
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
-            return f"damaged in the archive: {error}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: deque[tuple[ImageFile, Future[Pixels | str]]] = deque()

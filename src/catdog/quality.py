@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import lzma
 import zipfile
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from catdog.archives import duplicate_members
+from catdog.archives import MemberError, duplicate_members, read_member
 from catdog.errors import CatdogError
 from catdog.images import ImageError, decode_viewable
 from catdog.labels import EXCLUDED, HIDDEN, NOT_LISTED, Labelling
@@ -27,9 +25,6 @@ HASH_BITS = 128
 REJECTED_COLUMNS = ["path", "label", "reason", "bytes"]
 NO_DEFECTS = (HIDDEN, NOT_LISTED, EXCLUDED)
 """How the reasons begin for which a file is left out although nothing is wrong with the data."""
-
-# What zipfile raises for a member that is damaged; a damaged name of its own is a UnicodeDecodeError.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
@@ -159,11 +154,9 @@ def inspect_archive(
     def one(path: str) -> dict[str, Any]:
         row: dict[str, Any] = {"path": path, "label": labelling.labels[path]}
         try:
-            return row | asdict(inspect(archive.read(path), max_pixels=max_pixels))
-        except ImageError as error:
+            return row | asdict(inspect(read_member(archive, path), max_pixels=max_pixels))
+        except (ImageError, MemberError) as error:
             reason = str(error)
-        except _DAMAGE as error:
-            reason = f"damaged in the archive: {error}"
         return row | {"reason": reason, "bytes": archive.getinfo(path).file_size}
 
     with ThreadPoolExecutor(workers) as pool:

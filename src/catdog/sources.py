@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from catdog.archives import Rename, is_archive, open_archive, pack_archive, pack_folder
+from catdog.archives import Rename, open_archive, pack_archive, pack_folder
 from catdog.catalog import KAGGLE_COMPETITION, NAMES, PUBLISHED, Published, is_named
 from catdog.clients import export_tfds, fetch_drive, fetch_kaggle, is_drive_url
 from catdog.errors import CatdogError
@@ -111,14 +111,7 @@ def _kind_of_path(path: Path, dataset: str) -> str:
         if path.is_dir():
             return "folder"
         if path.is_file():
-            if path.stat().st_size == 0:
-                raise CatdogError(f"dataset = {dataset!r}: the file is empty (0 bytes); fetch it again")
-            if is_archive(path):
-                return "archive"
-            raise CatdogError(
-                f"dataset = {dataset!r} is no archive that can be read; give a folder, .zip, .tar, .tar.gz or "
-                ".tar.xz (a broken download looks like this too)"
-            )
+            return "archive"
     except OSError as error:
         raise CatdogError(
             f"dataset = {dataset!r} cannot be read: {error.strerror}; check the path and its permissions"

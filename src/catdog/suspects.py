@@ -7,7 +7,6 @@ is judged by a linear head that was fitted on the features of other images only.
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from catdog import paths
-from catdog.archives import open_archive
+from catdog.archives import MemberError, open_archive, read_member
 from catdog.errors import CatdogError
 from catdog.features import FeatureSet, open_features
 from catdog.files import read_json, write_text
@@ -324,8 +323,8 @@ def _read_pictures(raw: Path, names: Sequence[str], digests: Sequence[str]) -> l
     with open_archive(raw) as archive:
         for name, digest in zip(names, digests, strict=True):
             try:
-                data = archive.read(name)
-            except (KeyError, zipfile.BadZipFile):
+                data = read_member(archive, name)
+            except (KeyError, MemberError):
                 data = b""
             if hashlib.sha256(data).hexdigest() != digest:
                 raise _stale(f"{name} in {paths.RAW} is not the file that {paths.MANIFEST} lists")
