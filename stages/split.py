@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 
 import pandas as pd
 
@@ -24,10 +25,13 @@ def main() -> None:
         write_text(paths.REJECTED, found.rejected.to_csv(index=False))
         require_mostly_accepted(len(found.images), found.rejected, params.max_rejected)
 
+        for warning in found.warnings:
+            print(f"split: {warning}", file=sys.stderr)
         divided = divide(found.images, params, seed=run.params.seed)
         manifest = divided.manifest
         rejected = pd.concat([found.rejected, divided.rejected], ignore_index=True)
         write_text(paths.REJECTED, rejected.to_csv(index=False))
+        require_mostly_accepted(len(manifest), rejected, params.max_rejected)
         write_text(paths.UNLABELLED, found.unlabelled.to_csv(index=False))
         write_text(paths.MANIFEST, manifest.to_csv(index=False))
         counts = count_table(manifest)
@@ -39,6 +43,7 @@ def main() -> None:
             "rejected_by_reason": rejected["reason"].value_counts().sort_index().to_dict(),
             "unlabelled": len(found.unlabelled),
             "in_duplicate_groups": int((manifest["group"].value_counts() - 1).clip(lower=0).sum()),
+            "groups_with_two_labels": int((manifest.groupby("group")["label"].nunique() > 1).sum()),
             "ends_early": int((manifest["note"] != "").sum()),
             "leaks": 0,  # `divide` raises otherwise
             "counts": counts,

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from catdog.clients import _folder_name, export_tfds, fetch_drive, fetch_kaggle, is_drive_url
+from catdog.catalog import is_drive_url
+from catdog.clients import _folder_name, export_tfds, fetch_drive, fetch_kaggle
 from catdog.errors import CatdogError
 from internet import Internet, Response, redirect, send
 

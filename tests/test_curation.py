@@ -153,3 +153,27 @@ def test_order_of_members_changes_nothing_and_the_seed_does(tmp_path):
     pd.testing.assert_frame_equal(one.manifest, other.manifest)
     _, third = curate(tmp_path, PETS, seed=2)
     assert split_of(third) != split_of(one)
+
+
+def test_exclusions_that_match_nothing_are_told(tmp_path):
+    (tmp_path / "out.csv").write_text("path\ncat/3.jpg\n./cat/4.jpg\n")
+    found, _ = curate(tmp_path, PETS, exclude="out.csv")
+    assert found.warnings == ("1 of 2 rows of split.exclude = 'out.csv' match no image, './cat/4.jpg' for one",)
+    (tmp_path / "out.csv").write_text("path\nPetImages/cat/3.jpg\n")
+    assert "1 of 1 rows of split.exclude" in told(tmp_path, exclude="out.csv")
+
+
+def test_given_split_that_is_all_duplicates_is_told(tmp_path):
+    members = {f"train/{name}": data for name, data in PETS.items()}
+    members |= {f"{split}/cat/1.jpg": PETS["cat/1.jpg"] for split in ("val", "test")}
+    assert "every image of the given val split" in told(tmp_path, members, method="given")
+
+
+@pytest.mark.parametrize("method", ["random", "folds"])
+def test_what_the_list_calls_unused_stays_so(tmp_path, method):
+    rows = [f"{name},{'unused' if name.endswith('7.jpg') else 'Train'}" for name in sorted(PETS)]
+    (tmp_path / "splits.csv").write_text("\n".join(["path, Split", *rows]))
+    _, divided = curate(tmp_path, PETS, file="splits.csv", method=method)
+    assert {name for name, split in split_of(divided).items() if split == "unused"} == {
+        name for name in PETS if name.endswith("7.jpg")
+    }

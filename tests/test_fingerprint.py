@@ -87,8 +87,9 @@ def server():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.send_response(200)
-            self.send_header("ETag", f'"{self.server.state}"')
-            self.send_header("Content-Length", "7")
+            if self.server.state:
+                self.send_header("ETag", f'"{self.server.state}"')
+                self.send_header("Content-Length", "7")
             self.end_headers()
 
         def log_message(self, *arguments):
@@ -143,3 +144,21 @@ def test_lists_are_told_by_their_contents(tmp_path):
     assert before["split.file"] is not None and before["split.exclude"] is None
     (tmp_path / "a.csv").write_text("path,label\n")
     assert curation_fingerprint("a.csv", "gone.csv", tmp_path) != before
+
+
+def test_server_that_tells_no_version_is_named(server, tmp_path, capsys):
+    server.state = ""
+    fingerprint(f"http://127.0.0.1:{server.server_port}/x.zip", tmp_path)
+    assert "tells no version of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "url", ["https://drive.google.com/file/d/1abc/view", "https://drive.usercontent.google.com/uc?id=1"]
+)
+def test_drive_is_not_asked(url, tmp_path):
+    assert fingerprint(url, tmp_path) == {"dataset": url}
+
+
+def test_address_that_only_mentions_drive_is_asked(tmp_path, server):
+    url = f"http://127.0.0.1:{server.server_port}/drive.google.com.zip"
+    assert fingerprint(url, tmp_path)["remote"]["etag"] == '"one"'

@@ -3,7 +3,7 @@
 import pytest
 
 from catdog.errors import CatdogError
-from catdog.labels import label_by_table, label_files
+from catdog.labels import SPLIT_NAMES, label_by_table, label_files
 from catdog.names import IMAGE_SUFFIXES, is_hidden
 
 FOLDERS = ["Cat/0.jpg", "Cat/1.jpg", "Dog/0.jpg"]
@@ -251,3 +251,38 @@ def test_table_gives_the_classes():
     assert found.refused == {"3.jpg": "not listed in split.file", ".h": "hidden file"}
     with pytest.raises(CatdogError, match="names 1 classes"):
         label_by_table(["1.jpg"], {"1.jpg": "owl"})
+
+
+@pytest.mark.parametrize("layout", ["{}/{}s/{}.1.jpg", "{}/{}s/1{}.jpg"])
+@pytest.mark.parametrize("folders", [("train", "validation", "test"), ("training_set", "test_set")])
+def test_published_tutorial_layouts_keep_their_split(layout, folders):
+    names = [f"set/{layout.format(split, label, label)}" for split in folders for label in ("cat", "dog")]
+    found = label_files(names)
+    assert len(found.classes) == 2 and found.labels.keys() == set(names)
+    assert found.splits == {name: SPLIT_NAMES[name.split("/")[1]] for name in names}
+
+
+def test_split_folder_that_is_repeated_only_wraps():
+    names = [f"{s}/{s}/{k}/1.jpg" for s in ("training_set", "test_set") for k in ("cats", "dogs")]
+    found = label_files(names)
+    assert found.classes == ("cats", "dogs")
+    assert found.splits == {n: "train" if n.startswith("training") else "test" for n in names}
+
+
+@pytest.mark.parametrize("other", ["eval/Cat/1.jpg", "single_prediction/1.jpg"])
+def test_something_beside_folders_of_splits_is_told_and_makes_no_class(other):
+    told = message([*(f"train/{name}" for name in FOLDERS), *(f"test/{name}" for name in FOLDERS), other])
+    assert f"looks like a split, with class folders in it, but {other.split('/')[0]!r} stands beside it" in told
+
+
+def test_unknown_is_what_kaggle_calls_images_to_predict():
+    found = label_files([*(f"train/{name}" for name in FOLDERS), "test/unknown/1.jpg", "test/unknown/2.jpg"])
+    assert found.classes == ("Cat", "Dog")
+    assert found.unlabelled == ("test/unknown/1.jpg", "test/unknown/2.jpg")
+
+
+def test_table_leaves_images_to_predict_alone():
+    names = ["train/1.jpg", "train/2.jpg", "test/3.jpg", "unlabelled/4.png", "test/notes.txt", "train/5.jpg"]
+    found = label_by_table(names, {"train/1.jpg": "owl", "train/2.jpg": "elk"})
+    assert found.unlabelled == ("test/3.jpg", "unlabelled/4.png")
+    assert sorted(found.refused) == ["test/notes.txt", "train/5.jpg"]

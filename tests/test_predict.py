@@ -5,6 +5,7 @@ import contextlib
 import csv
 import json
 import os
+import tarfile
 import types
 import zipfile
 from functools import partial
@@ -539,3 +540,13 @@ def test_pixels_are_those_of_the_models_own_settings(tmp_path):
     assert {pixels.shape for pixels in found.values()} == {(SIZE, SIZE, 3)}
     assert len({pixels.tobytes() for pixels in found.values()}) == 6
     assert found["pad", 95][:, 0].max() < 30  # black bars beside a picture that is twice as high as wide
+
+
+def test_address_and_tar_are_told_what_to_do(tmp_path):
+    with contextlib.ExitStack() as archives:
+        with pytest.raises(CatdogError, match="is an address; download the file"):
+            find_images([Path("https://example.org/1.jpg")], archives)
+        with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+            archive.add(__file__, "1.jpg")
+        with pytest.raises(CatdogError, match="is a tar archive; unpack it"):
+            find_images([tmp_path / "x.tar.gz"], archives)

@@ -397,7 +397,7 @@ def test_missing_split_is_drawn_from_the_given_training_images():
 
 
 def test_class_without_given_training_images_is_told():
-    with pytest.raises(CatdogError, match="class 'b' has no training images left"):
+    with pytest.raises(CatdogError, match="class 'b' has no training images"):
         complete_given(given("aabb", "train val test val"), val=0.2, test=0.2, seed=1)
 
 

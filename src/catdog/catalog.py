@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,18 @@ PUBLISHED = {
 
 KAGGLE_COMPETITION = "dogs-vs-cats"
 NAMES = ("sample", *PUBLISHED, "kaggle")
+
+
+_DRIVE_HOSTS = frozenset({"drive.google.com", "docs.google.com", "drive.usercontent.google.com"})
+
+
+def is_drive_url(url: str) -> bool:
+    """Says whether an address is one of Google Drive."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and parts.hostname in _DRIVE_HOSTS
 
 
 def is_named(dataset: str) -> bool:

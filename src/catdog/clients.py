@@ -35,7 +35,6 @@ from catdog.runtime import notices_held_back
 UNLABELLED = "unlabelled"
 """Folder of the exported images that have no label."""
 
-_DRIVE_HOSTS = frozenset({"drive.google.com", "docs.google.com", "drive.usercontent.google.com"})
 # Seconds to wait for a connection, and for the next bytes.
 _TIMEOUTS = (10.0, 60.0)
 _RETRIES = 5
@@ -155,15 +154,6 @@ def _forget(part: Path) -> None:
     """Deletes an incomplete download of Kaggle's client and the marker that would let it continue."""
     part.unlink(missing_ok=True)
     part.with_name(part.name + ".kaggle-partial").unlink(missing_ok=True)
-
-
-def is_drive_url(url: str) -> bool:
-    """Says whether an address is one of Google Drive."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and parts.hostname in _DRIVE_HOSTS
 
 
 def fetch_drive(url: str, folder: Path) -> Path:
@@ -474,4 +464,4 @@ def _one_line(error: BaseException) -> str:
     return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", line)
 
 
-__all__ = ["UNLABELLED", "export_tfds", "fetch_drive", "fetch_kaggle", "is_drive_url"]
+__all__ = ["UNLABELLED", "export_tfds", "fetch_drive", "fetch_kaggle"]

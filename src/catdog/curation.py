@@ -15,6 +15,7 @@ import pandas as pd
 from catdog.config import SplitParams
 from catdog.errors import CatdogError
 from catdog.labels import NOT_LISTED, label_by_table, label_files
+from catdog.paths import UNUSED
 from catdog.quality import REJECTED_COLUMNS, group_duplicates, inspect_archive
 from catdog.split import (
     assign_folds,
@@ -40,12 +41,14 @@ class Examined:
             split.file gives, "" for none. Sorted by path.
         rejected: path, label, reason, bytes; sorted by path.
         unlabelled: path and bytes of the images that are there to be predicted; sorted by path.
+        warnings: sentences about what the user may have meant otherwise.
     """
 
     classes: tuple[str, ...]
     images: pd.DataFrame
     rejected: pd.DataFrame
     unlabelled: pd.DataFrame
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,13 @@ def examine(archive: zipfile.ZipFile, params: SplitParams, *, root: Path, worker
     given = labelling.splits if listed is None else dict(zip(listed["path"], listed["split"], strict=True))
 
     images, rejected = inspect_archive(archive, labelling, max_pixels=params.max_megapixels * 1e6, workers=workers)
-    reasons = [rejected]
+    reasons, warnings = [rejected], []
     if listed is not None:
         unlisted = images[~images["path"].isin(listed["path"])].assign(reason=NOT_LISTED)
         images, reasons = images.drop(unlisted.index), [*reasons, unlisted]
     if params.exclude:
         exclusions = read_exclusions(root / Path(params.exclude).expanduser(), params.exclude)
+        warnings += _unmatched(exclusions, images, names, params.exclude)
         excluded = reject_excluded(images, exclusions)
         images, reasons = images.drop(excluded.index), [*reasons, excluded]
     contradictions = reject_contradictions(images)
@@ -109,7 +113,23 @@ def examine(archive: zipfile.ZipFile, params: SplitParams, *, root: Path, worker
         images.reset_index(drop=True),
         pd.concat([one[REJECTED_COLUMNS] for one in reasons]).sort_values("path", ignore_index=True, kind="stable"),
         pd.DataFrame(unlabelled, columns=["path", "bytes"]),
+        tuple(warnings),
     )
+
+
+def _unmatched(exclusions: pd.DataFrame, images: pd.DataFrame, names: list[str], file: str) -> list[str]:
+    """Returns a sentence about exclusions that mean nothing in this data set; raises CatdogError when all do."""
+    known = exclusions["sha256"].isin(images["sha256"]) | (exclusions["sha256"].eq("") & exclusions["path"].isin(names))
+    unknown = exclusions[~known]
+    if unknown.empty:
+        return []
+    first = unknown["path"].iloc[0] or unknown["sha256"].iloc[0]
+    sentence = (
+        f"{len(unknown):,} of {len(exclusions):,} rows of split.exclude = {file!r} match no image, {first!r} for one"
+    )
+    if len(unknown) == len(exclusions):
+        raise CatdogError(f"{sentence}; its paths must be those inside the archive, as data/manifest.csv shows them")
+    return [sentence]
 
 
 def _require_present(paths: pd.Series, names: list[str], file: str) -> None:
@@ -151,12 +171,17 @@ def divide(images: pd.DataFrame, params: SplitParams, *, seed: int) -> Divided:
         images = images.assign(split=images["given"])
         crossing = reject_crossing(images)
         images = images.drop(crossing.index)
-        split = complete_given(images, val=params.val, test=params.test, seed=seed)
-    elif method == "folds":
-        split = assign_folds(images, folds=params.folds, fold=params.fold, val=params.val, seed=seed)
+        lost = set(crossing["split"])
+        split = complete_given(images, val=params.val, test=params.test, seed=seed, lost=lost)
     else:
-        train = None if params.train == "rest" else params.train
-        split = assign_splits(images, val=params.val, test=params.test, train=train, seed=seed)
+        # What split.file calls unused stays so.
+        drawn = images[images["given"] != UNUSED]
+        if method == "folds":
+            split = assign_folds(drawn, folds=params.folds, fold=params.fold, val=params.val, seed=seed)
+        else:
+            train = None if params.train == "rest" else params.train
+            split = assign_splits(drawn, val=params.val, test=params.test, train=train, seed=seed)
+        split = split.reindex(images.index, fill_value=UNUSED)
     manifest = images.drop(columns="given").assign(split=split)
     manifest = manifest.loc[draw_order(manifest, seed).sort_values().index].reset_index(drop=True)
     if not (leaks := find_leaks(manifest, params.near_duplicate_bits)).empty:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from catdog.catalog import is_named
+from catdog.catalog import is_drive_url, is_named
 from catdog.errors import CatdogError
 from catdog.files import sha256_of
 from catdog.transfer import identity, public_url
@@ -37,7 +37,7 @@ def fingerprint(dataset: str, root: Path, former: dict[str, Any] | None = None) 
     """
     path = dataset_path(dataset, root)
     if path is None:
-        if "://" not in dataset or "drive.google.com" in dataset:
+        if "://" not in dataset or is_drive_url(dataset):
             return {"dataset": dataset}
         return {"dataset": public_url(dataset), "remote": _remote(dataset, former)}
     found: dict[str, Any] = {"dataset": dataset, "files": _files_digest(path)}
@@ -74,7 +74,14 @@ def curation_fingerprint(file: str, exclude: str, root: Path) -> dict[str, Any]:
 
 def _remote(dataset: str, former: dict[str, Any] | None) -> dict[str, Any]:
     try:
-        return identity(dataset)
+        found = identity(dataset)
+        if not any(found.values()):
+            print(
+                f"source: the server of {public_url(dataset)} tells no version of it, so a change goes unnoticed; "
+                "`dvc repro --force --single-item download` fetches it again",
+                file=sys.stderr,
+            )
+        return found
     except CatdogError as error:
         known = former is not None and former.get("dataset") == public_url(dataset)
         if not known:

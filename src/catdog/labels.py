@@ -100,7 +100,8 @@ def label_by_table(names: Iterable[str], table: Mapping[str, str]) -> Labelling:
 
     Args:
         names: member names; a name that ends with `/` is a folder.
-        table: class by member name; files that it does not name are refused.
+        table: class by member name; files that it does not name are refused, but for images in a folder `test` or
+            `unlabelled`, which are there to be predicted.
 
     Raises:
         CatdogError: fewer than two classes.
@@ -110,8 +111,18 @@ def label_by_table(names: Iterable[str], table: Mapping[str, str]) -> Labelling:
     classes = tuple(sorted(set(labels.values())))
     if len(classes) < 2:
         raise CatdogError(f"split.file names {len(classes)} classes, but two or more are needed; fill its column label")
-    refused = {name: HIDDEN if is_hidden(name) else NOT_LISTED for name in files if name not in labels}
-    return Labelling(classes, labels, {}, (), refused)
+    rest = [name for name in files if name not in labels]
+    # Images to predict have no label to list.
+    unlabelled = tuple(name for name in rest if _is_to_predict(name))
+    refused = {name: HIDDEN if is_hidden(name) else NOT_LISTED for name in rest if not _is_to_predict(name)}
+    return Labelling(classes, labels, {}, unlabelled, refused)
+
+
+def _is_to_predict(name: str) -> bool:
+    """Says whether a file without a label is an image in a folder for tests or for unlabelled images."""
+    folders = [part.lower() for part in PurePosixPath(name).parts[:-1]]
+    meant = any(one in UNLABELLED_FOLDERS or SPLIT_NAMES.get(one) == "test" or one == "test1" for one in folders)
+    return meant and not is_hidden(name) and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -140,38 +151,74 @@ def _label_by_kaggle_names(visible: list[str], images: list[str]) -> _Found | No
     one_folder = len({PurePosixPath(name).parent for name in images}) == 1
     if len(image_labels) <= len(rest) / 2 or not (one_folder or len(set(image_labels)) > 1):
         return None
-    splits = {name: SPLIT_NAMES.get(PurePosixPath(name).parent.name.lower(), "") for name in by_name}
+    splits = {name: _split_above(name) for name in by_name}
     splits = splits if all(splits.values()) else {}
     return _Found(by_name, splits, unlabelled, set(), "no class in its name")
+
+
+def _split_above(name: str) -> str:
+    """The split that the nearest folder called like one stands for, "" where there is none."""
+    folders = reversed(PurePosixPath(name).parts[:-1])
+    return next((SPLIT_NAMES[folder.lower()] for folder in folders if folder.lower() in SPLIT_NAMES), "")
 
 
 def _label_by_folders(names: list[str], visible: list[str], images: list[str]) -> _Found:
     """Reads one folder a class, below train, val and test where such folders are all there is."""
     top = _top_folder(images)
-    outer = {part for name in images if (part := _folder_below(name, top)) is not None}
-    given = {part for part in outer if part.lower() in SPLIT_NAMES}
-    aside = {part for part in outer if part.lower() in UNLABELLED_FOLDERS}
-    unlabelled = {name for name in images if _folder_below(name, top) in aside}
-    tops = [top]
-    if given and given | aside == outer:
-        inner = {part: [name for name in images if _folder_below(name, top) == part] for part in given}
-        flat = {part for part in given if all(_folder_below(name, (*top, part)) is None for name in inner[part])}
-        if flat < given and all(SPLIT_NAMES[part.lower()] == "test" for part in flat):
-            unlabelled |= {name for part in flat for name in inner[part]}
-            given -= flat
-            tops = [(*top, part) for part in sorted(given)]
+    inner: dict[str, list[str]] = {}  # images by the folder below `top`
+    for name in images:
+        if (part := _folder_below(name, top)) is not None:
+            inner.setdefault(part, []).append(name)
+    given = {part for part in inner if part.lower() in SPLIT_NAMES}
+    aside = {part for part in inner if part.lower() in UNLABELLED_FOLDERS}
+    unlabelled = {name for part in aside for name in inner[part]}
+    tops = {top: ""}
+    if given and given | aside == inner.keys():
+        split_tops = {part: _below_wrappers((*top, part), inner[part]) for part in given}
+        classless = {
+            part
+            for part, one in split_tops.items()
+            if {_folder_below(name, one) for name in inner[part]} <= {None, "unknown", *UNLABELLED_FOLDERS}
+        }
+        if classless < given and all(SPLIT_NAMES[part.lower()] == "test" for part in classless):
+            unlabelled |= {name for part in classless for name in inner[part]}
+            tops = {split_tops[part]: SPLIT_NAMES[part.lower()] for part in sorted(given - classless)}
+    else:
+        _refuse_split_beside_others(given, inner, top)
     splits: dict[str, str] = {}
     labels: dict[str, str] = {}
     folders: set[str] = set()
-    for one in tops:
+    for one, split in tops.items():
         for name in visible:
             if name not in unlabelled and (part := _folder_below(name, one)) is not None:
                 labels[name] = part
-                if one != top:
-                    splits[name] = SPLIT_NAMES[one[-1].lower()]
+                if split:
+                    splits[name] = split
         # A folder counts as a class when it holds a file or lies, empty, beside the class folders.
         folders |= {part for name in names if (part := _folder_below(name, one)) and not is_hidden(name)}
     return _Found(labels, splits, unlabelled, folders - aside, "outside any class folder")
+
+
+def _below_wrappers(folder: tuple[str, ...], images: list[str]) -> tuple[str, ...]:
+    """The folder below any that only repeat a split's name, as in `test_set/test_set/cats`."""
+    while len(parts := {_folder_below(name, folder) for name in images}) == 1:
+        (part,) = parts
+        if part is None or part.lower() not in SPLIT_NAMES:
+            break
+        folder = (*folder, part)
+    return folder
+
+
+def _refuse_split_beside_others(given: set[str], inner: Mapping[str, list[str]], top: tuple[str, ...]) -> None:
+    """Stops where a folder is called like a split, holds class folders, and has something else beside it."""
+    for part in sorted(given):
+        below = {_folder_below(name, (*top, part)) for name in inner[part]} - {None}
+        if len(below) > 1:
+            other = min(inner.keys() - given)
+            raise CatdogError(
+                f"the folder {part!r} looks like a split, with class folders in it, but {other!r} stands beside it; "
+                "move or rename that one (known are train, val, validation, test, and unlabelled for images to predict)"
+            )
 
 
 def _top_folder(images: list[str]) -> tuple[str, ...]:

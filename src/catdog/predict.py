@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import tarfile
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -126,6 +127,8 @@ def find_images(inputs: Sequence[Path], archives: contextlib.ExitStack) -> tuple
     for path in inputs:
         if path.is_dir():
             found = [ImageFile(_readable(file), file.read_bytes) for file in _walk(path)]
+        elif re.match(r"[a-z0-9]+:/", str(path)):
+            raise CatdogError(f"{_readable(path)} is an address; download the file and give its path")
         elif not path.is_file():
             raise CatdogError(f"{_readable(path)} does not exist; give image files, folders or zip archives")
         elif _is_zip(path):
@@ -135,6 +138,8 @@ def find_images(inputs: Sequence[Path], archives: contextlib.ExitStack) -> tuple
                 for member in sorted(archive.infolist(), key=lambda member: member.filename)
                 if not member.is_dir() and not is_hidden(member.filename)
             ]
+        elif tarfile.is_tarfile(path):
+            raise CatdogError(f"{_readable(path)} is a tar archive; unpack it and give the folder, or give a zip")
         else:
             files.append(ImageFile(_readable(path), path.read_bytes))
             continue

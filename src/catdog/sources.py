@@ -23,8 +23,8 @@ from typing import Any
 from filelock import FileLock
 
 from catdog.archives import Rename, open_archive, pack_archive, pack_folder
-from catdog.catalog import KAGGLE_COMPETITION, NAMES, PUBLISHED, Published, is_named
-from catdog.clients import export_tfds, fetch_drive, fetch_kaggle, is_drive_url
+from catdog.catalog import KAGGLE_COMPETITION, NAMES, PUBLISHED, Published, is_drive_url, is_named
+from catdog.clients import export_tfds, fetch_drive, fetch_kaggle
 from catdog.errors import CatdogError
 from catdog.files import require_disk_space, sha256_of, written_aside
 from catdog.fingerprint import dvc_tracking
@@ -117,8 +117,8 @@ def _kind_of_path(path: Path, dataset: str) -> str:
             f"dataset = {dataset!r} cannot be read: {error.strerror}; check the path and its permissions"
         ) from None
     close = difflib.get_close_matches(dataset, NAMES, n=1)
-    if (link := path.with_name(path.name + ".dvc")).is_file():
-        hint = f"DVC tracks it, but it is not here: `dvc pull {link.name}` brings it"
+    if path.with_name(path.name + ".dvc").is_file():
+        hint = f"DVC tracks it, but it is not here: `dvc pull {dataset}.dvc` brings it"
     elif close:
         hint = f"did you mean {close[0]}?"
     else:
@@ -236,16 +236,17 @@ def _require_tracked_state(path: Path, root: Path) -> dict[str, Any]:
     if tracking is None:
         return {}
     file, recorded = tracking
+    name = file.relative_to(root).as_posix()
+    data = name.removesuffix(".dvc")
     command = [sys.executable, "-m", "dvc", "status", "--json", os.fspath(file)]
     answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
-        raise CatdogError(f"`dvc status {file.name}` failed: {' '.join(answer.stderr.split())[-300:]}")
+        raise CatdogError(f"`dvc status {name}` failed: {' '.join(answer.stderr.split())[-300:]}")
     if json.loads(answer.stdout or "{}"):
         raise CatdogError(
-            f"{path.name} is not what {file.name} records; `dvc add {path.name}` records the change, "
-            f"`dvc checkout {file.name}` undoes it"
+            f"{data} is not what {name} records; `dvc add {data}` records the change, `dvc checkout {name}` undoes it"
         )
-    return {"dvc_file": file.relative_to(root).as_posix(), "dvc_hash": recorded}
+    return {"dvc_file": name, "dvc_hash": recorded}
 
 
 @contextlib.contextmanager

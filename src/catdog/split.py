@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from catdog.errors import CatdogError
-from catdog.labels import EXCLUDED
+from catdog.labels import EXCLUDED, SPLIT_NAMES
 from catdog.paths import SPLITS, UNUSED
 
 
@@ -78,7 +78,7 @@ def read_given_splits(path: Path, name: str) -> pd.DataFrame:
     missing = [column for column in ("path", "split") if column not in table.columns]
     if missing:
         raise CatdogError(f"split.file = {name!r} has no column {missing[0]}; its header must name path and split")
-    table = table.assign(split=table["split"].replace({"validation": "val", "valid": "val"}))
+    table = table.assign(split=[SPLIT_NAMES.get(one, one) for one in table["split"].str.strip().str.lower()])
     wrong = table[~table["split"].isin((*SPLITS, UNUSED))]
     if not wrong.empty:
         raise CatdogError(
@@ -97,11 +97,14 @@ def read_given_splits(path: Path, name: str) -> pd.DataFrame:
 def _read_table(path: Path, name: str, parameter: str) -> pd.DataFrame:
     try:
         # As text: a class may be called 1 or NA.
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except OSError as error:
         raise CatdogError(f"{parameter} = {name!r} cannot be read: {error.strerror} ({path}); check the path") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise CatdogError(f"{parameter} = {name!r} is no CSV table in UTF-8: {' '.join(str(error).split())}") from None
+    if table.empty:
+        raise CatdogError(f"{parameter} = {name!r} lists nothing; fill it, or set {parameter} to ''")
+    return table.rename(columns=lambda column: str(column).strip().lower())
 
 
 def assign_splits(
@@ -232,7 +235,9 @@ def reject_crossing(images: pd.DataFrame) -> pd.DataFrame:
     return crossing.assign(reason="near-duplicate of an image in the given " + names.astype(str) + " split")
 
 
-def complete_given(images: pd.DataFrame, *, val: int | float, test: int | float, seed: int) -> pd.Series:
+def complete_given(
+    images: pd.DataFrame, *, val: int | float, test: int | float, seed: int, lost: Iterable[str] = ()
+) -> pd.Series:
     """Returns the given split of each image, with a missing val or test drawn from the given training images.
 
     Args:
@@ -240,12 +245,19 @@ def complete_given(images: pd.DataFrame, *, val: int | float, test: int | float,
         val: share of the training images that become val where none is given, a fraction or a number of images.
         test: likewise.
         seed: draws the order.
+        lost: splits of the images that `reject_crossing` took away.
 
     Raises:
-        CatdogError: a class has no training images, or too few to draw from.
+        CatdogError: a class has no training images, or too few to draw from, or a given split has lost all its images.
     """
     assigned = images["split"].copy()
-    present = set(assigned)
+    present = set(assigned) | set(lost)
+    emptied = sorted(set(lost) - set(assigned))
+    if emptied:
+        raise CatdogError(
+            f"every image of the given {emptied[0]} split shows nearly the same as one of a better guarded split; "
+            "give other images, or split.method = random"
+        )
     training = images[assigned == "train"]
     if not present >= {"val", "test"} and not training.empty:
         assigned.loc[training.index] = assign_splits(
@@ -259,8 +271,8 @@ def _require_training_images(images: pd.DataFrame, assigned: pd.Series) -> None:
     missing = set(images["label"]) - set(images["label"][assigned == "train"])
     if missing:
         raise CatdogError(
-            f"class {min(missing)!r} has no training images left (near-duplicates stay in one split); "
-            "add images or lower the shares"
+            f"class {min(missing)!r} has no training images; add some, or lower the shares of val and test (images "
+            "that show nearly the same stay in one split)"
         )
 
 
