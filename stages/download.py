@@ -1,7 +1,7 @@
 """Brings the data set in as one archive, data/raw.zip."""
 
 from catdog import paths
-from catdog.backbones import get_backbone
+from catdog.backbones import get_backbones
 from catdog.sources import fetch
 from catdog.tracking import stage
 from catdog.weights import check_weights_available
@@ -13,7 +13,7 @@ def main() -> None:
         params = run.params
         # The first stage asks at once for what a later one would miss after minutes of work.
         check_weights_available(
-            get_backbone(params.backbone), params.weights, pretrained_dir=paths.PRETRAINED, root=run.root
+            get_backbones(params.backbone), params.weights, pretrained_dir=paths.PRETRAINED, root=run.root
         )
         facts = fetch(
             params.dataset,

@@ -14,7 +14,7 @@ from catdog.inference import choose_engine, compile_forward
 from catdog.model import class_probabilities, load_model
 from catdog.plots import plot_confusion, plot_gallery, plot_roc
 from catdog.records import RecordReader, shard_paths, verify_shards
-from catdog.runtime import device_name, prepare_keras
+from catdog.runtime import device_facts, prepare_keras
 from catdog.tracking import log_data_hash, stage
 
 
@@ -24,14 +24,15 @@ def main() -> None:
         log_data_hash(run, paths.TFRECORDS)
         params = run.params.evaluate
         verify_shards(paths.TFRECORDS, ["test"])
-        prepare_keras(run.params.seed)
+        prepare_keras(run.params.seed, precision=run.params.runtime.precision)
         model, info = load_model(paths.MODEL)
         engine = choose_engine(run.params.embed.engine)
-        run.note({"device": device_name(), "engine": engine})
-        forward = compile_forward(model, engine)
+        run.note(device_facts(run.params.runtime.xla) | {"engine": engine})
+        batch_size = run.params.embed.batch_size
+        forward = compile_forward(model, engine, batch_size=batch_size, xla=run.params.runtime.xla)
 
         started = time.monotonic()
-        reader = RecordReader(shard_paths(paths.TFRECORDS, "test"), run.params.embed.batch_size)
+        reader = RecordReader(shard_paths(paths.TFRECORDS, "test"), batch_size)
         probabilities = class_probabilities(forward(reader))
         run.measure({"images_per_second": round(len(probabilities) / (time.monotonic() - started), 1)})
         labels = reader.labels

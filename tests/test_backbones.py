@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import catdog
-from catdog.backbones import BACKBONES, Backbone, build_backbone, get_backbone, preprocess
+from catdog.backbones import BACKBONES, Backbone, build_backbone, get_backbone, get_backbones, preprocess
 from catdog.errors import CatdogError
 
 EVERY = pytest.mark.parametrize("backbone", BACKBONES.values(), ids=list(BACKBONES))
@@ -77,6 +77,34 @@ def test_unknown_name_without_a_near_one():
     with pytest.raises(CatdogError, match="choose one of mobilenetv2, ") as caught:
         get_backbone("zzz")
     assert "did you mean" not in str(caught.value)
+
+
+def test_several_names_keep_their_order():
+    assert get_backbones("vgg16") == (BACKBONES["vgg16"],)
+    assert get_backbones("xception+mobilenetv2+vgg16") == tuple(
+        BACKBONES[name] for name in ("xception", "mobilenetv2", "vgg16")
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("vgg16+mobilenetv2+vgg16", r"'vgg16\+mobilenetv2\+vgg16' names vgg16 twice"),
+        ("vgg16+exception", "no backbone 'exception': did you mean 'xception'"),
+        ("vgg16 + mobilenetv2", "no backbone 'vgg16 ': did you mean 'vgg16'"),
+        ("vgg16+", "no backbone '': choose one of"),
+        ("", "no backbone '': choose one of"),
+    ],
+)
+def test_wrong_list_of_names_is_told(names, message):
+    with pytest.raises(CatdogError, match=message):
+        get_backbones(names)
+
+
+def test_networks_have_names_of_their_own():
+    """Joined in one model, each must be found by its name."""
+    names = [smallest_model(name).name for name in BACKBONES]
+    assert len(set(names)) == len(names)
 
 
 @EVERY

@@ -126,12 +126,27 @@ def test_engines_agree(name, size):
     network = build_backbone(backbone, size)
     settle(network, rng.uniform(-1, 1, (16, size, size, 3)))
     head = build_head(network.output_shape[-1], 3, TrainParams(hidden_units=(8,)), 1)
-    model = assemble(network, backbone, head, size, "avg")
+    model = assemble([network], [backbone], head, size, "avg")
     batches = [(rng.integers(0, 256, (n, size, size, 3)) * rng.uniform(0.2, 1)).astype(np.uint8) for n in (4, 4, 3)]
     one, other = (compile_forward(model, engine)(batches) for engine in ("openvino", "keras"))
     assert one.shape == (11, 3)
     assert np.abs(one - other).max() < 1e-5
     assert np.ptp(other, axis=0).max() > 1e-3  # pictures differ by far more than the engines
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 3], [1], [9, 4]])
+def test_xla_compiles_for_one_size_and_drops_what_fills_it_up(monkeypatch, sizes):
+    seen = []
+    filled = inference._filled
+    monkeypatch.setattr(inference, "_filled", lambda *given: seen.append(filled(*given).shape) or filled(*given))
+    pixels = keras.Input((8, 8, 3))
+    model = keras.Model(pixels, keras.layers.GlobalAveragePooling2D()(pixels))
+    forward = compile_forward(model, "keras", batch_size=4, xla="always")
+    starts = np.cumsum([0, *sizes])
+    output = forward(numbered(start, size) for start, size in zip(starts, sizes, strict=False))
+    assert numbers(output) == list(range(sum(sizes)))
+    assert {count % 4 for count, *_ in seen} == {0}
+    assert len(seen) == len(sizes)
 
 
 def test_keras_engine_is_the_model_in_inference_mode():

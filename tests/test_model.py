@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from catdog import paths
-from catdog.backbones import build_backbone, get_backbone
+from catdog.backbones import build_backbone, get_backbone, get_backbones
 from catdog.config import TrainParams, validate_params
 from catdog.errors import CatdogError
 from catdog.features import open_features
@@ -44,6 +44,7 @@ from catdog.records import (
 )
 from catdog.sample import write_sample
 from catdog.tracking import STAGES
+from catdog.weights import load_all
 
 # Keras' own way of saving variables, under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -81,7 +82,7 @@ def head_for(network, classes=2, **changes) -> keras.Model:
 
 
 def joined(network, head, pooling="avg") -> keras.Model:
-    return assemble(network, get_backbone("mobilenetv2"), head, SIZE, pooling)
+    return assemble([network], [get_backbone("mobilenetv2")], head, SIZE, pooling)
 
 
 def pictures(count=5, size=SIZE) -> np.ndarray:
@@ -157,7 +158,7 @@ def test_extractor_preprocesses_and_pools(network, pooling):
         "max": maps.max(axis=(1, 2)),
         "flatten": maps.reshape(5, -1),
     }[pooling]
-    extractor = build_extractor(network, get_backbone("mobilenetv2"), SIZE, pooling)
+    extractor = build_extractor([network], [get_backbone("mobilenetv2")], SIZE, pooling)
     found = eager(extractor, values)
     assert extractor.output_shape == (None, pooled.shape[1])
     scale = np.abs(pooled).max()
@@ -168,7 +169,7 @@ def test_extractor_preprocesses_and_pools(network, pooling):
 @pytest.mark.parametrize("pooling", ["avg", "max", "flatten"])
 @pytest.mark.parametrize(("classes", "output"), [(2, "sigmoid"), (2, "softmax"), (3, "softmax")])
 def test_assembled_model_is_exactly_extractor_then_head_then_probabilities(network, pooling, classes, output):
-    extractor = build_extractor(network, get_backbone("mobilenetv2"), SIZE, pooling)
+    extractor = build_extractor([network], [get_backbone("mobilenetv2")], SIZE, pooling)
     head = build_head(extractor.output_shape[1], classes, TrainParams(output=output, hidden_units=(4,)), 1)
     values = pictures(3)
     logits = head(extractor(values, training=False), training=False)
@@ -198,6 +199,87 @@ def test_batchnorm_stays_in_inference_mode(network, model):
     assert np.array_equal(trained, expected)
 
 
+JOINED = "mobilenetv2+vgg16"
+JOINED_INFO = ModelInfo(("cat", "dog"), SIZE, "pad", 93, JOINED, "imagenet", "avg")
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    """The two networks of JOINED with their real weights."""
+    backbones = get_backbones(JOINED)
+    networks = [build_backbone(backbone, SIZE) for backbone in backbones]
+    load_all(networks, backbones, "imagenet", pretrained_dir=ROOT / "pretrained", root=ROOT)
+    return networks
+
+
+@pytest.fixture(scope="module")
+def joined_model(pretrained):
+    """A classifier on both networks."""
+    head = build_head(1280 + 512, 2, TrainParams(dropout=0.0), 4)
+    return assemble(pretrained, get_backbones(JOINED), head, SIZE, "avg")
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max", "flatten"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_joined_features_are_the_single_ones_side_by_side(pretrained, pooling, order):
+    """Each network sees the same pixels, prepared as it alone would get them."""
+    networks, backbones = pretrained[::order], get_backbones(JOINED)[::order]
+    both = build_extractor(networks, backbones, SIZE, pooling)
+    alone = [
+        build_extractor([network], [backbone], SIZE, pooling)
+        for network, backbone in zip(networks, backbones, strict=True)
+    ]
+    singles = [eager(extractor, pictures()) for extractor in alone]
+    assert both.output_shape == (None, sum(single.shape[1] for single in singles))
+    assert np.array_equal(eager(both, pictures()), np.concatenate(singles, axis=1))
+    assert all(np.ptp(single, axis=0).max() > 0.1 for single in singles)
+    assert both.layers[-1].name == alone[0].layers[-1].name == "pooling"
+
+
+def test_each_joined_network_gets_its_own_preprocessing(pretrained):
+    prepare = (keras.applications.mobilenet_v2.preprocess_input, keras.applications.vgg16.preprocess_input)
+    found = eager(build_extractor(pretrained, get_backbones(JOINED), SIZE, "avg"), pictures())
+    for network, function, part in zip(pretrained, prepare, (found[:, :1280], found[:, 1280:]), strict=True):
+        expected = eager(network, function(pictures())).mean(axis=(1, 2))
+        assert np.abs(part - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_one_network_gives_the_names_that_model_files_have(model):
+    names = [layer.name for layer in model.layers]
+    assert names == ["pixels", "preprocessing", "mobilenetv2_1.00_64", "pooling", "head", "probabilities"]
+
+
+def test_names_in_a_joined_model_are_unique_and_tell_the_networks_apart(joined_model, pretrained):
+    names = [layer.name for layer in joined_model.layers]
+    assert len(set(names)) == len(names)
+    inner = [layer for layer in joined_model.layers if isinstance(layer, keras.Model) and layer.name != "head"]
+    assert [layer.name for layer in inner] == [network.name for network in pretrained]
+    for network, backbone in zip(inner, get_backbones(JOINED), strict=True):
+        # Where class activation maps are read, and where fine-tuning starts.
+        assert network.get_layer(backbone.last_convolution) is not None
+        assert network.get_layer(backbone.fine_tune_from) is not None
+
+
+def test_joined_model_is_saved_loaded_and_the_same(joined_model, tmp_path):
+    save_model(joined_model, JOINED_INFO, tmp_path / "model.keras")
+    loaded, info = load_model(tmp_path / "model.keras")
+    assert info == JOINED_INFO
+    expected = eager(joined_model, pictures())
+    assert np.array_equal(eager(loaded, pictures()), expected)
+    assert np.ptp(expected) > 1e-3
+
+
+def test_batchnorm_of_every_joined_network_stays_in_inference_mode(joined_model):
+    assert np.array_equal(
+        np.asarray(joined_model(pictures(), training=True)), np.asarray(joined_model(pictures(), training=False))
+    )
+
+
+def test_networks_and_records_must_be_as_many(network):
+    with pytest.raises(ValueError, match="shorter"):
+        build_extractor([network, network], [get_backbone("mobilenetv2")], SIZE, "avg")
+
+
 def test_class_probabilities_have_one_column_a_class():
     one = np.array([[0.25], [1.0]], np.float32)
     assert class_probabilities(one).tolist() == [[0.75, 0.25], [0, 1]]
@@ -216,7 +298,7 @@ def saved(model, tmp_path_factory):
 def test_file_works_in_a_process_without_this_project(saved, model, tmp_path):
     vgg = get_backbone("vgg16")  # its preprocessing swaps colours with an operation, not with a layer
     network = build_backbone(vgg, 32)
-    other = assemble(network, vgg, build_head(512, 3, TrainParams(), 1), 32, "avg")
+    other = assemble([network], [vgg], build_head(512, 3, TrainParams(), 1), 32, "avg")
     save_model(other, INFO, tmp_path / "vgg.keras")
     np.savez(tmp_path / "pixels.npz", a=pictures(), b=pictures(4, 32))
     code = (
@@ -322,8 +404,9 @@ def test_trained_file_holds_the_network_that_made_the_features(tmp_path, monkeyp
         written = [write_shard(shard, paths.TFRECORDS, encode) for shard in shards]
     write_index(paths.TFRECORDS, written, classes, size=32)
     described = {"classes": list(classes), "image_size": 32, "resize": "stretch", "jpeg_quality": 95}
+    described["images"] = {split: len(part) for split, part in splits.items()}
     write_json(paths.PREPROCESS_REPORT, described)
-    blocks = {name: {} for name in ("download", "split", "preprocess", "evaluate")}
+    blocks = {name: {} for name in ("download", "split", "preprocess", "augment", "fine_tune", "runtime", "evaluate")}
     blocks |= {"embed": {"engine": "keras"}, "train": {"epochs": 1}}
     params = validate_params({**blocks, "weights": weights})
     run_stage("embed", params, monkeypatch)

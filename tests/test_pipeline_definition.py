@@ -174,6 +174,7 @@ def test_every_parameter_that_the_script_reads_is_named(name):
     harmless = {
         "download": {"backbone", "weights"},
         "preprocess": {"seed"},
+        "train": {"model_dump"},
         "evaluate": {"seed", "embed.batch_size"},
     }.get(name, set())
     assert sorted(entry for entry in read - harmless if not covers(known, entry.replace(".", "/"))) == []

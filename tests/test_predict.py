@@ -117,7 +117,7 @@ def test_probabilities_are_those_of_the_evaluation(tmp_path, archives, engine):
     load_weights(network, backbone, "imagenet", pretrained_dir=ROOT / paths.PRETRAINED, root=ROOT)
     head = build_head(network.output_shape[-1], 2, TrainParams(dropout=0.0), 3)
     info = ModelInfo(names, 64, "pad", 90, backbone.name, "imagenet", "avg")
-    save_model(assemble(network, backbone, head, 64, "avg"), info, tmp_path / "model.keras")
+    save_model(assemble([network], [backbone], head, 64, "avg"), info, tmp_path / "model.keras")
     write_sample(tmp_path / "raw.zip", count=22, seed=5)
     with zipfile.ZipFile(tmp_path / "raw.zip") as archive:
         members = sorted(name for name in archive.namelist() if name.endswith(".jpg"))

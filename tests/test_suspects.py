@@ -364,7 +364,7 @@ def test_flipped_labels_of_drawn_animals_are_found(tmp_path):
     backbone = get_backbone("mobilenetv2")
     network = build_backbone(backbone, size)
     load_weights(network, backbone, "imagenet", pretrained_dir=REPOSITORY / PRETRAINED, root=tmp_path)
-    forward = compile_forward(build_extractor(network, backbone, size, "avg"), "keras")
+    forward = compile_forward(build_extractor([network], [backbone], size, "avg"), "keras")
     features = forward(iter(np.split(pixels, 6)))
     found = find_suspects(features, labels, np.arange(count), seed=1)
     # By chance 16 of 240 images hold one of the 8 every other time; measured: all 8.

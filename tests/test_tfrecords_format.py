@@ -29,7 +29,7 @@ PAGE = ROOT / "docs/tfrecords.md"
 CLASSES = ["Ä hörnchen", "cat", "dog 猫"]
 COUNTS = {"train": 41, "val": 7, "test": 12, paths.UNUSED: 5}
 SIZE = 40
-BLOCKS = ("download", "split", "preprocess", "embed", "train", "evaluate")
+BLOCKS = ("download", "split", "preprocess", "embed", "train", "evaluate", "augment", "fine_tune", "runtime")
 STORED = {"image_size": SIZE, "resize": "crop", "jpeg_quality": 90, "shard_megabytes": 0.012}
 
 

@@ -5,10 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from catdog.checkpoints import Checkpoints
 from catdog.config import TrainParams
 from catdog.errors import CatdogError
 from catdog.features import FeatureSet
 from catdog.model import build_head
+from catdog.optimization import build_loss, build_optimizer, encode_targets, focal_loss, image_weights, mix
 from catdog.runtime import prepare_keras
 from catdog.training import best_epoch, fit_head
 
@@ -159,7 +161,7 @@ def test_every_image_is_seen_once_an_epoch():
     assert head.get_weights()[1] == pytest.approx(bias - 0.5 * error.mean(axis=0), abs=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "sgd", "momentum"])
 def test_one_step_of_every_optimizer_is_of_the_size_of_the_learning_rate(optimizer):
     train = blobs(40, spread=2)
     settings = params(optimizer=optimizer, learning_rate=0.001, batch_size=40, epochs=1)
@@ -208,3 +210,276 @@ def test_dropout_acts_in_training_only():
     assert np.array_equal(logits(head, data), logits(head, data))
     # The weights stand still, so only dropout makes the two losses differ.
     assert history["train_loss"].item() > history["val_loss"].item() * 1.05
+
+
+def rates(**changes) -> list[float]:
+    """The learning rate of each step of 4 epochs of 5 steps."""
+    settings = {"learning_rate": 2.0, "schedule": "constant", "warmup": 0, "epochs": 4, "steps_per_epoch": 5}
+    optimizer = build_optimizer(TrainParams(), **{**settings, **changes})
+    found = []
+    for step in range(20):
+        optimizer.iterations.assign(step)
+        found.append(float(optimizer.learning_rate))
+    return found
+
+
+def test_schedules():
+    assert rates() == [2.0] * 20
+    assert rates(warmup=1) == pytest.approx([0.4, 0.72, 1.04, 1.36, 1.68, *[2.0] * 15])
+    cosine = [1 + np.cos(np.pi * step / 20) for step in range(20)]
+    assert rates(schedule="cosine") == pytest.approx(cosine, abs=1e-6)
+    warm = rates(schedule="cosine", warmup=2)
+    assert warm[:10] == sorted(warm[:10])
+    assert 0 < warm[0] < 0.21
+    assert warm[10:] == pytest.approx([1 + np.cos(np.pi * step / 10) for step in range(10)], abs=1e-6)
+
+
+def test_schedule_is_followed_and_its_last_steps_are_small():
+    data = blobs(64, spread=3)
+    constant, falling = (
+        trained(data, data, params(optimizer="sgd", schedule=schedule, epochs=20, patience=20))[1]["train_loss"]
+        for schedule in ("constant", "cosine")
+    )
+    assert abs(np.diff(falling)[-1]) < abs(np.diff(constant)[-1]) / 3
+
+
+def test_warmup_longer_than_the_training_is_told():
+    with pytest.raises(CatdogError, match="warm-up of 7 epochs does not fit into 6"):
+        trained(blobs(20), blobs(20), params(warmup=7))
+
+
+def one_step(data, **changes):
+    """Kernel and bias before and after one step of gradient descent on all images."""
+    settings = params(optimizer="sgd", learning_rate=0.5, batch_size=len(data.labels), epochs=1, **changes)
+    prepare_keras(1)
+    head = build_head(WIDTH, 2, settings, 1)
+    before = np.concatenate([np.ravel(value) for value in head.get_weights()]).astype(np.float64)
+    fit_head(head, data, data, settings, seed=1)
+    return before, weights(head)
+
+
+def errors(data, before, targets) -> np.ndarray:
+    """Gradient of each image's cross-entropy, [images, weights], by numpy."""
+    values = data.take(np.arange(len(data.labels))).astype(np.float64)
+    ones = np.concatenate([values, np.ones((len(values), 1))], axis=1)
+    return (1 / (1 + np.exp(-(ones @ before))) - targets)[:, None] * ones
+
+
+def test_balanced_classes_count_the_same():
+    rng = np.random.default_rng(0)
+    data = features(rng.normal(size=(40, WIDTH)), np.arange(40) < 4)
+    before, after = one_step(data, class_weights="balanced")
+    gradients = errors(data, before, data.labels)
+    rare, common = gradients[:4].mean(axis=0), gradients[4:].mean(axis=0)
+    assert after == pytest.approx(before - 0.5 * (rare + common) / 2, abs=1e-5)
+    counts = image_weights(data.labels, params(class_weights="balanced"))
+    assert counts.sum() == pytest.approx(40)
+    assert counts.dtype == np.float32
+    assert image_weights(np.array([0, 0, 2]), params(class_weights="balanced")).tolist() == [0.75, 0.75, 1.5]
+
+
+def test_smoothing_moves_the_targets_but_not_the_validation_loss():
+    data = blobs(40, spread=2)
+    before, after = one_step(data, label_smoothing=0.2)
+    gradient = errors(data, before, 0.1 + 0.8 * data.labels).mean(axis=0)
+    assert after == pytest.approx(before - 0.5 * gradient, abs=1e-5)
+    head, history = trained(blobs(120), blobs(60), params(epochs=5, label_smoothing=0.2))
+    assert history["val_loss"].min() == pytest.approx(cross_entropy(head, blobs(60)), rel=1e-4)
+    assert history["train_accuracy"].max() > 0.97
+
+
+def test_gradient_is_clipped_to_its_norm():
+    data = features(100 * np.ones((16, WIDTH)), np.arange(16) % 4 == 0)
+    before, after = one_step(data, clip_norm=0.3)
+    gradient = errors(data, before, data.labels).mean(axis=0)
+    assert np.linalg.norm(gradient) > 1
+    assert np.linalg.norm(after - before) == pytest.approx(0.5 * 0.3, rel=1e-4)
+    assert np.dot(after - before, -gradient) > 0
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_focal_loss(outputs):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, max(2, outputs), 50)
+    scores = 4 * rng.normal(size=(50, outputs))
+    full = np.concatenate([0 * scores, scores], axis=1) if outputs == 1 else scores
+    p = (np.exp(full) / np.exp(full).sum(axis=1, keepdims=True))[np.arange(50), labels]
+    loss = build_loss(params(loss="focal"), outputs)
+    assert loss is focal_loss
+    targets = encode_targets(labels, outputs)
+    assert np.asarray(loss(targets, scores.astype(np.float32))) == pytest.approx(-((1 - p) ** 2) * np.log(p), rel=1e-3)
+    extreme = np.full((1, outputs), -200.0, np.float32)
+    extreme[0, 1:] = 200
+    found = np.asarray(focal_loss(encode_targets(np.array([1 if outputs == 1 else 0]), outputs), extreme))
+    assert found == pytest.approx([200 if outputs == 1 else 400 + np.log(2)])
+
+
+@pytest.mark.parametrize(("classes", "output"), [(2, "sigmoid"), (3, "softmax")])
+def test_focal_loss_learns(classes, output):
+    head, history = trained(
+        blobs(120, classes), blobs(60, classes), params(output=output, loss="focal", epochs=8), classes=classes
+    )
+    assert accuracy(head, blobs(200, classes, seed=9)) > 0.95
+    assert history["val_loss"].iloc[-1] < history["val_loss"].iloc[0] / 3
+
+
+def test_mixup_blends_inputs_and_targets_in_the_same_shares():
+    values = np.eye(6, dtype=np.float32)
+    targets, counts = values[:, :3].copy(), np.arange(6, dtype=np.float32)
+    shares = []
+    for seed in range(200):
+        mixed, soft, weights = mix((values, targets, counts), mixup=0.4, cutmix=0, rng=np.random.default_rng(seed))
+        assert mixed.dtype == soft.dtype == weights.dtype == np.float32
+        assert np.allclose(mixed.sum(axis=1), 1)
+        # With unit vectors as inputs, a mixed input holds the shares of the images it is made of.
+        assert np.allclose(soft, mixed @ targets)
+        assert np.allclose(weights, mixed @ counts)
+        shares.append(mixed[0, 0])
+    assert np.array_equal(values, np.eye(6))
+    assert 0.5 < np.mean(shares) < 0.7  # one half of the others' shares, and itself as a partner in one of six
+    assert np.std(shares) > 0.3  # Beta(0.4, 0.4) has most of its mass at the ends
+
+
+def test_cutmix_puts_in_a_rectangle_and_counts_its_area():
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0, 255, (5, 12, 10, 3)).astype(np.float32)
+    before, targets = images.copy(), np.eye(5, dtype=np.float32)
+    areas = []
+    for seed in range(100):
+        mixed, soft, _ = mix(
+            (images, targets, np.ones(5, np.float32)), mixup=0, cutmix=1.0, rng=np.random.default_rng(seed)
+        )
+        partner = int(np.argmax(np.where(np.arange(5) == 0, -1, soft[0])))
+        other = np.all(mixed[0] != before[0], axis=-1)
+        if soft[0, 0] == 1:
+            assert not other.any()
+            continue
+        rows, columns = np.nonzero(other)
+        box = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert other[box].all()
+        assert np.array_equal(mixed[0][box], before[partner][box])
+        assert soft[0, partner] == pytest.approx(other.mean(), abs=1e-6)
+        areas.append(other.mean())
+    assert np.array_equal(images, before)
+    assert len(areas) > 50
+    assert min(areas) < 0.1
+    assert max(areas) > 0.5
+
+
+def test_mixup_changes_the_training_but_not_the_validation():
+    train, val = blobs(120), blobs(60)
+    plain, mixed = (trained(train, val, params(mixup=alpha)) for alpha in (0.0, 0.4))
+    assert mixed[1]["train_loss"].iloc[-1] > plain[1]["train_loss"].iloc[-1] * 1.5
+    assert mixed[1]["val_loss"].min() == pytest.approx(cross_entropy(mixed[0], val), rel=1e-4)
+
+
+def test_average_of_the_weights_is_validated_and_kept():
+    """Against plain gradient descent followed by numpy, one step an epoch."""
+    data = blobs(40, spread=2)
+    settings = {"optimizer": "sgd", "learning_rate": 0.5, "batch_size": 40, "epochs": 4, "ema": 0.6}
+    head, history = trained(data, data, params(**settings))
+    prepare_keras(1)
+    weight = weights(build_head(WIDTH, 2, params(), 1)).astype(np.float64)
+    average = None
+    for _ in range(4):
+        weight = weight - 0.5 * errors(data, weight, data.labels).mean(axis=0)
+        average = weight if average is None else 0.6 * average + 0.4 * weight
+    assert weights(head) == pytest.approx(average, abs=1e-5)
+    assert not np.allclose(average, weight, atol=1e-3)
+    assert history["val_loss"].iloc[-1] == pytest.approx(cross_entropy(head, data), rel=1e-5)
+
+
+def test_views_are_drawn_anew_in_each_epoch():
+    """Each view of an image is a number; the mean loss of an epoch tells which were shown."""
+    labels = np.arange(40) % 2
+    shards = tuple(np.full((40, WIDTH), number, np.float32) for number in range(4))
+    plain = features(shards[0], labels, shards=1)
+    data = FeatureSet(plain.shards, plain.starts, plain.labels, tuple((shard,) for shard in shards[1:]))
+    shown = []
+    take = FeatureSet.take
+
+    class Spied(FeatureSet):
+        def take(self, positions, view=None):
+            found = take(self, positions, view)
+            shown.append((positions, found[:, 0].astype(int)))
+            return found
+
+    spied = Spied(data.shards, data.starts, data.labels, data.copies)
+    prepare_keras(1)
+    settings = params(batch_size=40, epochs=30, patience=30)
+    fit_head(build_head(WIDTH, 2, settings, 1), spied, plain, settings, seed=1)
+    epochs = [views for positions, views in shown if np.array_equal(positions, np.arange(40))]
+    assert len(epochs) >= 30
+    counts = np.bincount(np.concatenate(epochs), minlength=4) / (40 * len(epochs))
+    assert counts == pytest.approx([0.25] * 4, abs=0.05)
+    assert len({tuple(views) for views in epochs}) >= 30
+
+
+def test_slow_divergence_is_told():
+    """Growing, but far from infinite: the penalty's gradient doubles the weights at every step."""
+    data = blobs(16)
+    settings = params(optimizer="sgd", learning_rate=1.0, l2=1.2, batch_size=16, epochs=30, patience=30)
+    with pytest.raises(CatdogError, match=r"phase head grew from .* lower train\.learning_rate \(now 1\.0\)"):
+        trained(data, data, settings)
+
+
+class Killed(BaseException):
+    """As a SIGKILL would come: right after a checkpoint."""
+
+
+class KillingCheckpoints(Checkpoints):
+    """Ends the training after so many checkpoints."""
+
+    left = 0
+
+    def save(self, phase, state):
+        super().save(phase, state)
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        params(epochs=7, patience=7, dropout=0.4, mixup=0.3, ema=0.8, hidden_units=(6,), schedule="cosine", warmup=2),
+        params(hidden_units=(32,), epochs=14, patience=3, learning_rate=0.02, optimizer="momentum"),
+    ],
+)
+def test_resumed_training_is_the_uninterrupted_one(tmp_path, settings, capsys):
+    train, val = blobs(24, spread=8, seed=1), blobs(40, spread=8, seed=2)
+    head, history = trained(train, val, settings)
+
+    def start(left):
+        checkpoints = KillingCheckpoints(tmp_path, seconds_between=0)
+        checkpoints.left = left
+        prepare_keras(1)
+        again = build_head(WIDTH, 2, settings, 1)
+        return again, fit_head(again, train, val, settings, seed=1, checkpoints=checkpoints)
+
+    for left in (3, 1):
+        with pytest.raises(Killed):
+            start(left)
+    for epochs in (4, len(history)):  # the second time there is nothing left to do
+        again, resumed = start(-1)
+        assert f"going on with head after epoch {epochs}," in capsys.readouterr().err
+        assert resumed.equals(history)
+        assert np.array_equal(weights(again), weights(head))
+
+
+def test_damaged_checkpoint_starts_anew(tmp_path, capsys):
+    train, val = blobs(24, spread=2), blobs(40, spread=2)
+    head, history = trained(train, val, params(epochs=2))
+    (tmp_path / "head.npz").write_bytes(b"half")
+    prepare_keras(1)
+    again = build_head(WIDTH, 2, params(epochs=2), 1)
+    checkpoints = Checkpoints(tmp_path)
+    assert fit_head(again, train, val, params(epochs=2), seed=1, checkpoints=checkpoints).equals(history)
+    assert "damaged" in capsys.readouterr().err
+    assert np.array_equal(weights(again), weights(head))
+
+
+def test_head_keeps_nothing_of_the_optimizer():
+    """It would be saved with the model, and loading the model would need this project's code."""
+    head, _ = trained(blobs(20), blobs(20), params(epochs=1, loss="focal"))
+    assert not head.compiled

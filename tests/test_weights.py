@@ -17,7 +17,7 @@ import pytest
 from catdog import weights as weights_module
 from catdog.backbones import BACKBONES, build_backbone
 from catdog.errors import CatdogError
-from catdog.weights import check_weights_available, load_weights
+from catdog.weights import check_weights_available, load_all, load_weights
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 SHIPPED = [name for name, backbone in BACKBONES.items() if backbone.shipped is not None]
@@ -70,7 +70,7 @@ def load(model, backbone, weights, root=Path("/nonexistent"), pretrained=Path("/
 
 
 def check(backbone, weights, root=Path("/nonexistent"), pretrained=Path("/nonexistent")):
-    check_weights_available(backbone, weights, pretrained_dir=pretrained, root=root)
+    check_weights_available([backbone], weights, pretrained_dir=pretrained, root=root)
 
 
 # --- shipped files -----------------------------------------------------------------------------
@@ -187,6 +187,61 @@ def test_hdf5_files_without_usable_weights_are_refused(tmp_path, suffix, damage)
         shutil.copyfile(shipped, file)
     with pytest.raises(CatdogError, match="does not hold weights for 'vgg16'"):
         load(build_backbone(VGG16, 32), VGG16, str(file))
+
+
+# --- several networks --------------------------------------------------------------------------
+
+PAIR = (BACKBONES["mobilenetv2"], VGG16)
+
+
+def load_pair(weights, root=Path("/nonexistent")):
+    """Builds the networks of PAIR and loads them; returns them and the sources."""
+    networks = [build_backbone(backbone, 32) for backbone in PAIR]
+    return networks, load_all(networks, PAIR, weights, pretrained_dir=PRETRAINED, root=root)
+
+
+def test_one_word_is_for_all():
+    networks, sources = load_pair("imagenet")
+    assert [source.path.name for source in sources] == [backbone.shipped for backbone in PAIR]
+    for network, backbone in zip(networks, PAIR, strict=True):
+        alone = build_backbone(backbone, 32)
+        load(alone, backbone, "imagenet", pretrained=PRETRAINED)
+        assert np.array_equal(values(network), values(alone))
+    assert [source.kind for source in load_pair("random")[1]] == ["random", "random"]
+
+
+def test_one_source_each_in_their_order(tmp_path):
+    saved = build_backbone(VGG16, 32)
+    saved.save_weights(tmp_path / "mine.weights.h5")
+    weights = "imagenet+mine.weights.h5"
+    check_weights_available(PAIR, weights, pretrained_dir=PRETRAINED, root=tmp_path)
+    networks, sources = load_pair(weights, tmp_path)
+    assert [source.kind for source in sources] == ["pretrained", "file"]
+    assert np.array_equal(values(networks[1]), values(saved))
+    with pytest.raises(CatdogError, match="does not hold weights for 'mobilenetv2'"):
+        load_pair("mine.weights.h5+imagenet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("mine.weights.h5", r"is one file, but 'mobilenetv2\+vgg16' are 2 networks.* imagenet\+mine\.weights\.h5"),
+        ("imagenet+random+random", "does not name one source for each of the 2 networks"),
+        ("imagenet+", "does not name one source for each"),
+        ("imagenet+absent.weights.h5", "there is no weights file '.*absent.weights.h5'"),
+    ],
+)
+def test_weights_that_do_not_fit_several_networks_are_refused_early_and_late(tmp_path, weights, message):
+    (tmp_path / "mine.weights.h5").write_bytes((PRETRAINED / str(VGG16.shipped)).read_bytes())
+    with pytest.raises(CatdogError, match=message):
+        check_weights_available(PAIR, weights, pretrained_dir=PRETRAINED, root=tmp_path)
+    with pytest.raises(CatdogError, match=message):
+        load_pair(weights, tmp_path)
+
+
+def test_path_of_a_single_network_may_hold_a_plus(tmp_path):
+    build_backbone(VGG16, 32).save_weights(tmp_path / "a+b.weights.h5")
+    assert load(build_backbone(VGG16, 32), VGG16, "a+b.weights.h5", root=tmp_path).kind == "file"
 
 
 # --- Keras' cache and download -----------------------------------------------------------------

@@ -1,9 +1,10 @@
 """The networks a run can start from: what each one expects, where it may be cut, who made it.
 
 A backbone is a network of ``keras.applications`` without its ImageNet classifier. This module
-holds one record per backbone and three functions: :func:`get_backbone` finds a record by name,
-:func:`build_backbone` builds the network (with random weights; :mod:`catdog.weights` fills them),
-:func:`preprocess` turns pixels into what the network was trained on.
+holds one record per backbone and four functions: :func:`get_backbone` finds a record by name,
+:func:`get_backbones` those of "mobilenetv2+vgg16", :func:`build_backbone` builds the network (with
+random weights; :mod:`catdog.weights` fills them), :func:`preprocess` turns pixels into what the
+network was trained on.
 
 Importing this module imports no deep-learning framework, so parameters can be checked quickly.
 """
@@ -263,6 +264,22 @@ def get_backbone(name: str) -> Backbone:
     raise CatdogError(f"there is no backbone '{name}': {hint} {', '.join(BACKBONES)}")
 
 
+def get_backbones(names: str) -> tuple[Backbone, ...]:
+    """Return the records of one or several backbones, in the order given.
+
+    Args:
+        names: one name, or several joined by "+", as in "mobilenetv2+vgg16".
+
+    Raises:
+        CatdogError: a name is unknown, as :func:`get_backbone`, or stands there twice.
+    """
+    backbones = tuple(get_backbone(name) for name in names.split("+"))
+    for position, backbone in enumerate(backbones):
+        if backbone in backbones[:position]:
+            raise CatdogError(f"backbone '{names}' names {backbone.name} twice, which adds nothing: name it once")
+    return backbones
+
+
 def build_backbone(backbone: Backbone, image_size: int) -> keras.Model:
     """Build the network without its classifier, with random weights.
 
@@ -330,7 +347,7 @@ _STATISTICS: dict[Preprocessing, tuple[tuple[float, ...], tuple[float, ...]]] = 
 }
 
 
-def preprocess(inputs: keras.KerasTensor, backbone: Backbone) -> keras.KerasTensor:
+def preprocess(inputs: keras.KerasTensor, backbone: Backbone, *, name: str = "preprocessing") -> keras.KerasTensor:
     """Turn pixels into what the backbone expects, with plain Keras layers and operations.
 
     The result becomes part of the saved model, so whoever loads the model feeds it pixels; no
@@ -345,6 +362,7 @@ def preprocess(inputs: keras.KerasTensor, backbone: Backbone) -> keras.KerasTens
     Args:
         inputs: a Keras tensor or array, float [batch, h, w, 3], red, green, blue in 0..255.
         backbone: the record of the network.
+        name: of the layer that does it; unique within a model.
 
     Returns:
         float32 [batch, h, w, 3] ("builtin": the inputs themselves).
@@ -356,6 +374,6 @@ def preprocess(inputs: keras.KerasTensor, backbone: Backbone) -> keras.KerasTens
     mean, deviation = _STATISTICS[backbone.preprocessing]
     # float32 whatever the policy: half precision cannot hold pixel values after resizing.
     outputs = keras.layers.Normalization(
-        mean=list(mean), variance=[value**2 for value in deviation], dtype="float32", name="preprocessing"
+        mean=list(mean), variance=[value**2 for value in deviation], dtype="float32", name=name
     )(inputs)
     return keras.ops.flip(outputs, axis=-1) if backbone.preprocessing == "caffe" else outputs

@@ -97,6 +97,25 @@ def _parser() -> argparse.ArgumentParser:
         help="write images of the test split to it, too: then a model has a say in its own exam",
     )
     audit.set_defaults(run=_audit)
+
+    recipe = commands.add_parser(
+        "recipe",
+        help="list, print or run published recipes",
+        description="Print the command that runs a published recipe, or run it. Without a name, list the recipes.",
+    )
+    recipe.add_argument("name", nargs="?", metavar="NAME", help="the recipe")
+    recipe.add_argument("--list", action="store_true", help="list the recipes with what their sources report")
+    recipe.add_argument("--run", action="store_true", dest="start", help="run the command, too")
+    recipe.add_argument("--queue", action="store_true", help="put it into DVC's queue; `dvc queue start` runs that")
+    recipe.add_argument(
+        "-S",
+        "--set-param",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a parameter further, e.g. dataset=path/to/pictures; may be given several times",
+    )
+    recipe.set_defaults(run=_recipe)
     return parser
 
 
@@ -120,6 +139,7 @@ def _share(text: str) -> float:
 def _list_backbones(options: argparse.Namespace) -> int:
     from catdog.backbones import BACKBONES
 
+    print("several are joined by +, e.g. mobilenetv2+xception\n")
     print(f"{'backbone':<18} {'native size':>11}  {'weights':<9} licence")
     for backbone in BACKBONES.values():
         origin = "shipped" if backbone.shipped else "download"
@@ -154,6 +174,24 @@ def _audit(options: argparse.Namespace) -> int:
         seed=load_params(root / paths.PARAMS).seed,
     )
     return 0
+
+
+def _recipe(options: argparse.Namespace) -> int:
+    import shlex
+
+    from catdog import paths
+    from catdog.recipes import get_recipe, list_recipes, recipe_command, run_command
+
+    root = paths.repository_root()
+    if options.list or options.name is None:
+        if options.start or options.queue or options.set_param:
+            raise CatdogError("--run, --queue and -S need the name of a recipe; `catdog recipe --list` lists them")
+        for recipe in list_recipes(root):
+            print(f"{recipe.name}\n    {recipe.about}\n    published: {recipe.published or 'nothing'}")
+        return 0
+    command = recipe_command(root, get_recipe(root, options.name), options.set_param, queue=options.queue)
+    print(shlex.join(command), flush=True)
+    return run_command(root, command) if options.start else 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from catdog.backbones import get_backbone
+from catdog.backbones import get_backbones
 from catdog.errors import CatdogError
 
 
@@ -95,12 +95,56 @@ class TrainParams(_Block):
     activation: Literal["relu", "gelu", "elu", "selu", "silu", "tanh"] = "relu"
     dropout: float = Field(0.5, ge=0, lt=1)
     output: Literal["auto", "sigmoid", "softmax"] = "auto"
-    optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "rmsprop", "sgd", "momentum"] = "adam"
     learning_rate: float = Field(0.001, gt=0, le=10)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = Field(0, ge=0)
     l2: float = Field(0.0, ge=0)
+    loss: Literal["crossentropy", "focal"] = "crossentropy"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+    class_weights: Literal["none", "balanced"] = "none"
+    clip_norm: float = Field(0.0, ge=0)
+    ema: float = Field(0.0, ge=0, lt=1)
     batch_size: int = Field(64, ge=1, le=65_536)
     epochs: int = Field(100, ge=1, le=100_000)
     patience: int = Field(10, ge=1)
+
+
+class AugmentParams(_Block):
+    """How training images are varied."""
+
+    views: int = Field(0, ge=0, le=100)
+    flip: Literal["none", "horizontal", "vertical", "both"] = "horizontal"
+    rotation: float = Field(0.03, ge=0, le=0.5)
+    zoom: float = Field(0.1, ge=0, lt=1)
+    shear: float = Field(0.0, ge=0, le=1)
+    translation: float = Field(0.05, ge=0, lt=1)
+    brightness: float = Field(0.1, ge=0, le=1)
+    contrast: float = Field(0.1, ge=0, lt=1)
+    saturation: float = Field(0.1, ge=0, lt=1)
+    randaugment: int = Field(0, ge=0, le=20)
+    magnitude: float = Field(0.3, ge=0, le=1)
+
+
+class FineTuneParams(_Block):
+    """How the top of the backbone is trained after the head."""
+
+    layers: Annotated[int, Field(ge=1)] | str = "none"
+    learning_rate: float = Field(0.00001, gt=0, le=10)
+    warmup: int = Field(1, ge=0)
+    batch_size: int = Field(32, ge=1, le=65_536)
+    epochs: int = Field(10, ge=1, le=100_000)
+    patience: int = Field(3, ge=1)
+    cutmix: float = Field(0.0, ge=0)
+    augment: bool = True
+
+
+class RuntimeParams(_Block):
+    """How the device computes."""
+
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
+    xla: Literal["auto", "always", "never"] = "auto"
 
 
 class EvaluateParams(_Block):
@@ -120,8 +164,11 @@ class Params(_Block):
     download: DownloadParams
     split: SplitParams
     preprocess: PreprocessParams
+    augment: AugmentParams
     embed: EmbedParams
     train: TrainParams
+    fine_tune: FineTuneParams
+    runtime: RuntimeParams
     evaluate: EvaluateParams
 
     def flat(self) -> dict[str, str]:
@@ -167,12 +214,12 @@ def validate_params(tree: Mapping[str, Any], *, source: str = "params") -> Param
     except ValidationError as error:
         problems = "; ".join(dict.fromkeys(_describe(problem) for problem in error.errors()))
         raise CatdogError(f"{source}: {problems}") from None
-    backbone = get_backbone(params.backbone)
-    if params.preprocess.image_size < backbone.minimum_size:
-        raise CatdogError(
-            f"{source}: preprocess.image_size = {params.preprocess.image_size} is too small for backbone "
-            f"{backbone.name}; it needs at least {backbone.minimum_size}"
-        )
+    for backbone in get_backbones(params.backbone):
+        if params.preprocess.image_size < backbone.minimum_size:
+            raise CatdogError(
+                f"{source}: preprocess.image_size = {params.preprocess.image_size} is too small for backbone "
+                f"{backbone.name}; it needs at least {backbone.minimum_size}"
+            )
     return params
 
 

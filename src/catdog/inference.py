@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from catdog.errors import CatdogError
 from catdog.images import Pixels
-from catdog.runtime import has_gpu
+from catdog.runtime import Xla, has_gpu, jit_compile
 
 if TYPE_CHECKING:
     import keras
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 Engine = Literal["openvino", "keras"]
 Forward = Callable[[Iterable[Pixels]], npt.NDArray[np.float32]]
 """From batches of uint8 pixels [batch, size, size, 3] to the outputs of all of them, float32 [images, n]."""
+
+# On a GPU: one is computed, one is sent, one is decoded. The outputs of more would only fill its memory.
+_BATCHES_UNDER_WAY = 2
 
 
 def choose_engine(engine: Literal["auto", "openvino", "keras"]) -> Engine:
@@ -48,24 +52,138 @@ def choose_engine(engine: Literal["auto", "openvino", "keras"]) -> Engine:
     return engine
 
 
-def compile_forward(model: keras.Model, engine: Engine) -> Forward:
+def compile_forward(model: keras.Model, engine: Engine, *, batch_size: int = 8, xla: Xla = "never") -> Forward:
     """Prepares a model for inference.
+
+    With the Keras engine on a GPU, and wherever XLA compiles, every batch is filled up with black pictures to one size,
+    because each size of its own would be compiled anew. On several devices, inside `runtime.distribution`, where the
+    model must have been built too, the size is a multiple of their number. The fillers' outputs are dropped.
 
     Args:
         model: one image input, float32 [batch, size, size, 3], and one output [batch, n].
         engine: from `choose_engine`.
+        batch_size: images a batch, at most; the Keras engine fills up to it.
+        xla: the parameter runtime.xla; of the Keras engine only. Compiling takes seconds, which a few pictures do not
+            earn back, hence never.
 
     Returns:
         A function that keeps the order of the images and holds only its outputs in memory.
     """
-    return _compile_openvino(model) if engine == "openvino" else _compile_keras(model)
+    return _compile_openvino(model) if engine == "openvino" else _compile_keras(model, batch_size, xla)
 
 
-def _compile_keras(model: keras.Model) -> Forward:
+def _compile_keras(model: keras.Model, batch_size: int, xla: Xla) -> Forward:
+    import keras
+
+    compiles = jit_compile(xla)
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        devices, step = _tensorflow_step(model, compiles)
+    elif backend == "jax":
+        devices, step = _jax_step(model, compiles)
+    else:
+        devices, step = 1, lambda pixels: [model.predict_on_batch(pixels.astype(np.float32))]
+    fills = compiles or devices > 1 or has_gpu()
+    full = math.ceil(batch_size / devices) * devices
+
     def forward(batches: Iterable[Pixels]) -> npt.NDArray[np.float32]:
-        return np.concatenate([np.asarray(model.predict_on_batch(batch.astype(np.float32))) for batch in batches])
+        running: deque[tuple[int, Sequence[Any]]] = deque()
+        outputs: list[npt.NDArray[np.float32]] = []
+
+        def collect() -> None:
+            count, parts = running.popleft()
+            outputs.append(np.concatenate([np.asarray(part, np.float32) for part in parts])[:count])
+
+        for batch in batches:
+            count = len(batch)
+            # A device works on its own; while it does, the next batch is decoded and sent.
+            running.append((count, step(_filled(batch, full) if fills else batch)))
+            if len(running) > _BATCHES_UNDER_WAY:
+                collect()
+        while running:
+            collect()
+        return np.concatenate(outputs)
 
     return forward
+
+
+def _filled(batch: Pixels, size: int) -> Pixels:
+    """Returns a copy of a batch, made up with black pictures to a multiple of `size`."""
+    filled = np.zeros((math.ceil(len(batch) / size) * size, *batch.shape[1:]), batch.dtype)
+    filled[: len(batch)] = batch
+    return filled
+
+
+Step = Callable[[Pixels], Sequence[Any]]
+"""From uint8 pixels [batch, size, size, 3] to the outputs of each device's part, perhaps still being computed."""
+
+
+def _tensorflow_step(model: keras.Model, compiles: bool) -> tuple[int, Step]:
+    """Returns over how many devices the model is spread, and its forward pass."""
+    import tensorflow as tf
+
+    strategy = model.distribute_strategy
+    devices = strategy.num_replicas_in_sync
+
+    def infer(pixels: Any) -> Any:
+        # The pixels travel to the device as bytes.
+        return tf.cast(model(tf.cast(pixels, tf.float32), training=False), tf.float32)
+
+    if devices == 1:
+        frozen = _frozen(infer, model)
+        compute = tf.function(frozen, jit_compile=True) if compiles else frozen
+        return 1, lambda pixels: compute(tf.constant(pixels))
+
+    replica = tf.function(infer, jit_compile=compiles)
+
+    on_all = tf.function(lambda parts: strategy.run(replica, (parts,)))
+
+    def step(pixels: Pixels) -> Any:
+        parts = np.split(pixels, devices)
+        values = strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(parts[context.replica_id_in_sync_group])
+        )
+        return strategy.experimental_local_results(on_all(values))
+
+    return devices, step
+
+
+def _frozen(function: Callable[[Any], Any], model: keras.Model) -> Any:
+    """Returns a TensorFlow function with the model's weights as constants, which TensorFlow can fold into each other.
+
+    1.5 times as fast as the function itself (MobileNetV2, two AVX-512 cores): BatchNorm goes into the convolutions.
+    """
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="pixels")
+    return convert_variables_to_constants_v2(tf.function(function).get_concrete_function(signature))
+
+
+def _jax_step(model: keras.Model, compiles: bool) -> tuple[int, Step]:
+    """Returns over how many devices the model is spread, and its forward pass."""
+    import jax
+    import keras
+
+    parallel = keras.distribution.distribution()
+    devices = parallel.device_mesh.devices.size if parallel else 1
+    state = [
+        [variable.value for variable in group] for group in (model.trainable_variables, model.non_trainable_variables)
+    ]
+
+    def infer(state: Any, pixels: Any) -> Any:
+        outputs, _ = model.stateless_call(*state, pixels.astype("float32"), training=False)
+        return outputs.astype("float32")
+
+    compute = jax.jit(infer) if compiles or devices > 1 else infer
+
+    def step(pixels: Pixels) -> Any:
+        placed = (
+            keras.distribution.distribute_tensor(pixels, parallel.get_data_layout(pixels.shape)) if parallel else pixels
+        )
+        return [compute(state, placed)]
+
+    return devices, step
 
 
 def _compile_openvino(model: keras.Model) -> Forward:

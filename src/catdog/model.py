@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -36,7 +37,7 @@ class ModelInfo:
     image_size: int  # pixels a side
     resize: ResizeMode
     jpeg_quality: int
-    backbone: str
+    backbone: str  # as in params.yaml: one name, or several joined by +
     weights: str
     pooling: Pooling
 
@@ -52,30 +53,58 @@ def choose_output(output: Literal["auto", "sigmoid", "softmax"], class_count: in
     return output
 
 
-def build_extractor(network: keras.Model, backbone: Backbone, image_size: int, pooling: Pooling) -> keras.Model:
-    """Builds the frozen part: float32 pixels [batch, size, size, 3] in 0..255 to features [batch, n]."""
+def build_extractor(
+    networks: Sequence[keras.Model], backbones: Sequence[Backbone], image_size: int, pooling: Pooling
+) -> keras.Model:
+    """Builds the frozen part: pixels to the features of all networks, one network's after another's.
+
+    Args:
+        networks: from `backbones.build_backbone`, for `image_size`.
+        backbones: their records, in the same order, each once.
+        image_size: pixels a side.
+        pooling: how a network's last feature map becomes a vector.
+
+    Returns:
+        float32 pixels [batch, size, size, 3], RGB in 0..255, to features [batch, n]; they are the output of the
+        layer "pooling", of one network or of several.
+    """
     import keras
 
     pixels = keras.Input((image_size, image_size, 3), name="pixels")
-    return keras.Model(pixels, _features(pixels, network, backbone, pooling), name="extractor")
+    return keras.Model(pixels, _joined_features(pixels, networks, backbones, pooling), name="extractor")
+
+
+def _joined_features(
+    pixels: keras.KerasTensor, networks: Sequence[keras.Model], backbones: Sequence[Backbone], pooling: Pooling
+) -> keras.KerasTensor:
+    import keras
+
+    if len(networks) == 1:
+        return _features(pixels, networks[0], backbones[0], pooling)
+    parts = [
+        _features(pixels, network, backbone, pooling, suffix=f"_{backbone.name}")
+        for network, backbone in zip(networks, backbones, strict=True)
+    ]
+    return keras.layers.Concatenate(name="pooling")(parts)
 
 
 def _features(
-    pixels: keras.KerasTensor, network: keras.Model, backbone: Backbone, pooling: Pooling
+    pixels: keras.KerasTensor, network: keras.Model, backbone: Backbone, pooling: Pooling, *, suffix: str = ""
 ) -> keras.KerasTensor:
+    """Returns one network's features; the suffix keeps the names of its layers apart from another's."""
     import keras
 
     # BatchNorm stays in inference mode. `training=False` alone would not do: a caller's `training=True` overrides it.
     for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = False
-    maps = network(preprocess(pixels, backbone), training=False)
+    maps = network(preprocess(pixels, backbone, name=f"preprocessing{suffix}"), training=False)
     pool = {
         "avg": keras.layers.GlobalAveragePooling2D,
         "max": keras.layers.GlobalMaxPooling2D,
         "flatten": keras.layers.Flatten,
     }[pooling]
-    return pool(name="pooling")(maps)
+    return pool(name=f"pooling{suffix}")(maps)
 
 
 def build_head(feature_size: int, class_count: int, params: TrainParams, seed: int) -> keras.Model:
@@ -112,9 +141,20 @@ def build_head(feature_size: int, class_count: int, params: TrainParams, seed: i
 
 
 def assemble(
-    network: keras.Model, backbone: Backbone, head: keras.Model, image_size: int, pooling: Pooling
+    networks: Sequence[keras.Model],
+    backbones: Sequence[Backbone],
+    head: keras.Model,
+    image_size: int,
+    pooling: Pooling,
 ) -> keras.Model:
-    """Joins preprocessing, backbone and trained head into the model that is saved.
+    """Joins preprocessing, backbones and trained head into the model that is saved.
+
+    Args:
+        networks: as in `build_extractor`, like `backbones`, `image_size` and `pooling`.
+        backbones: their records.
+        head: from `build_head`, trained on the features of `build_extractor`.
+        image_size: pixels a side.
+        pooling: how a network's last feature map becomes a vector.
 
     Returns:
         float32 pixels [batch, size, size, 3], RGB in 0..255, to float32 probabilities [batch, 1] (of the
@@ -123,7 +163,7 @@ def assemble(
     import keras
 
     pixels = keras.Input((image_size, image_size, 3), name="pixels")
-    logits = head(_features(pixels, network, backbone, pooling))
+    logits = head(_joined_features(pixels, networks, backbones, pooling))
     function = "sigmoid" if logits.shape[-1] == 1 else "softmax"
     # float32 also where the rest computes in half precision.
     probabilities = keras.layers.Activation(function, dtype="float32", name="probabilities")(logits)

@@ -63,7 +63,7 @@ STAGES: Mapping[str, StageFiles] = {
     "download": StageFiles(paths.DOWNLOAD_REPORT),
     "split": StageFiles(paths.DATA_REPORT, (paths.REJECTED, paths.DATA_PAGE, paths.DATA_PICTURES)),
     "preprocess": StageFiles(paths.PREPROCESS_REPORT),
-    "embed": StageFiles(paths.FEATURES_INFO),
+    "embed": StageFiles(paths.FEATURES_INFO, (paths.AUGMENTATION,)),
     "train": StageFiles(paths.TRAIN_REPORT, (paths.HISTORY, paths.LEARNING_CURVES)),
     "evaluate": StageFiles(paths.METRICS, (paths.PREDICTIONS, paths.ROC, paths.EVALUATION_PICTURES)),
 }

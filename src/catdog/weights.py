@@ -7,6 +7,8 @@
 * "random": the values the network was built with
 * anything else: the path of a weights file (``.weights.h5``, or ``.h5`` of older Keras versions)
 
+For several backbones it is one word for all of them, or one word or path each, joined by "+".
+
 Weights that cannot be had are an error. Nothing here ever falls back to random weights, because
 a network trained from noise looks like a working one until someone reads its accuracy.
 
@@ -19,7 +21,7 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,20 +104,69 @@ def load_weights(
     )
 
 
-def check_weights_available(backbone: Backbone, weights: str, *, pretrained_dir: Path, root: Path) -> None:
+def load_all(
+    networks: Sequence[keras.Model], backbones: Sequence[Backbone], weights: str, *, pretrained_dir: Path, root: Path
+) -> tuple[WeightsSource, ...]:
+    """Fill one or several networks with the weights that ``weights`` names.
+
+    Args:
+        networks: from :func:`catdog.backbones.build_backbone`; changed in place.
+        backbones: their records, in the same order.
+        weights: as :func:`load_weights` takes it; for several backbones one word for all, or one
+            word or path each, joined by "+" in their order.
+        pretrained_dir: the directory with the weights this project ships.
+        root: what a relative path is relative to.
+
+    Returns:
+        One source a network, in the same order.
+
+    Raises:
+        CatdogError: as :func:`load_weights`; or ``weights`` names too few or too many, or one path
+            for several networks.
+    """
+    return tuple(
+        load_weights(network, backbone, part, pretrained_dir=pretrained_dir, root=root)
+        for network, backbone, part in zip(networks, backbones, _one_each(weights, backbones), strict=True)
+    )
+
+
+def check_weights_available(backbones: Sequence[Backbone], weights: str, *, pretrained_dir: Path, root: Path) -> None:
     """Refuse, before any work and without a deep-learning framework, weights that cannot load.
 
     For a path: the file exists and is an HDF5 file. For "imagenet": the shipped file, if there is
     one, is intact; otherwise nothing is checked, because Keras checks its own cache and only a
-    download can tell whether it works. The arguments are those of :func:`load_weights`.
+    download can tell whether it works. The arguments are those of :func:`load_all`.
 
     Raises:
-        CatdogError: the file is missing, damaged or no weights file.
+        CatdogError: the file is missing, damaged or no weights file, or ``weights`` does not fit
+            the number of backbones.
     """
-    if weights == "imagenet":
-        _shipped_file(backbone, pretrained_dir)
-    elif weights != "random":
-        _user_file(weights, root)
+    for backbone, part in zip(backbones, _one_each(weights, backbones), strict=True):
+        if part == "imagenet":
+            _shipped_file(backbone, pretrained_dir)
+        elif part != "random":
+            _user_file(part, root)
+
+
+def _one_each(weights: str, backbones: Sequence[Backbone]) -> list[str]:
+    """Return what ``weights`` says of each backbone; raise CatdogError if it does not fit their number."""
+    if len(backbones) == 1:
+        return [weights]  # a path may hold a "+"
+    names = "+".join(backbone.name for backbone in backbones)
+    parts = weights.split("+")
+    if len(parts) == 1 and weights in ("imagenet", "random"):
+        return parts * len(backbones)
+    if len(parts) == 1:
+        raise CatdogError(
+            f"weights = '{weights}' is one file, but '{names}' are {len(backbones)} networks: give one each, joined"
+            f" by +, for example imagenet+{weights}"
+        )
+    if len(parts) != len(backbones) or not all(parts):
+        raise CatdogError(
+            f"weights = '{weights}' does not name one source for each of the {len(backbones)} networks '{names}':"
+            f" give imagenet or random for all, or one each, joined by + (no path may hold a + itself)"
+        )
+    return parts
 
 
 def _shipped_file(backbone: Backbone, pretrained_dir: Path) -> Path | None:
