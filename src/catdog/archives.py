@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, cast
 
 from catdog.errors import CatdogError
-from catdog.files import require_disk_space, written_aside
+from catdog.files import ZIP_DATE, require_disk_space, written_aside
 from catdog.names import IMAGE_SUFFIXES, is_hidden
 
 Rename = Callable[[str], str | None]
@@ -43,8 +43,6 @@ BOMB_BYTES = 1_000_000_000
 BOMB_RATIO = 100
 """An archive that unpacks to more than BOMB_BYTES and to more than BOMB_RATIO times its own size is refused."""
 
-# Pictures are compressed already, so a packed archive stores them; a fixed date makes its bytes repeatable.
-_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 1 << 20
 _MAX_TAR_HEADER_BYTES = 16 << 20
 _LOCAL_HEADER_BYTES = 30  # of a zip member, without its name
@@ -425,7 +423,7 @@ def _write_zip(target: Path, members: Iterable[_Member]) -> None:
         for name, chunks in members:
             # A zip's names are UTF-8; a name that is not is kept apart by its escaped bytes.
             readable = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-            member = zipfile.ZipInfo(readable, _ZIP_DATE)
+            member = zipfile.ZipInfo(readable, ZIP_DATE)
             if chunks is not None:
                 with archive.open(member, "w", force_zip64=True) as writer:
                     writer.writelines(chunks)

@@ -27,7 +27,7 @@ import numpy as np
 from filelock import FileLock
 
 from catdog.errors import CatdogError
-from catdog.files import require_disk_space
+from catdog.files import ZIP_DATE, require_disk_space
 from catdog.labels import SPLIT_NAMES, UNLABELLED_FOLDERS
 from catdog.progress import progress
 from catdog.runtime import notices_held_back
@@ -38,8 +38,6 @@ UNLABELLED = "unlabelled"
 # Seconds to wait for a connection, and for the next bytes.
 _TIMEOUTS = (10.0, 60.0)
 _RETRIES = 5
-# Pictures are compressed already, so the archive stores them; a fixed date makes its bytes repeatable.
-_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 _SUFFIX_BY_SIGNATURE = {
     b"\xff\xd8\xff": "jpg",
     b"\x89PNG\r\n\x1a\n": "png",
@@ -309,7 +307,7 @@ def export_tfds(name: str, target: Path) -> dict[str, Any]:
         examples = _tfds_examples(tfds, builder, counts, image, label)
         try:
             for member, encoded in progress(examples, "export", sum(counts.values()), "images"):
-                archive.writestr(zipfile.ZipInfo(member, _ZIP_DATE), encoded)
+                archive.writestr(zipfile.ZipInfo(member, ZIP_DATE), encoded)
         except tf.errors.OpError as error:
             raise CatdogError(
                 f"{dataset}: the prepared files in {builder.data_dir} cannot be read ({_one_line(error)}); delete that "

@@ -13,6 +13,9 @@ from typing import Any
 
 from catdog.errors import CatdogError
 
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+"""The date of every member of a zip that is written here: equal contents then give equal bytes."""
+
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:

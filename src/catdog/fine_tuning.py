@@ -192,16 +192,7 @@ def fine_tune(
     # Measured the same way as the epochs to come, not taken from the head's history: another engine may have made
     # the features, in another precision.
     frozen_loss = float(trainee.evaluate(val_batches, verbose=0, return_dict=True)["loss"])
-    plan = FitPlan(
-        phase="fine_tune",
-        block="fine_tune",
-        learning_rate=params.learning_rate,
-        epochs=params.epochs,
-        patience=params.patience,
-        images=len(train.labels),
-        batch_size=params.batch_size,
-        chance_loss=math.log(max(2, outputs)),
-    )
+    plan = FitPlan("fine_tune", "fine_tune", params, len(train.labels), outputs)
     result = fit(
         trainee,
         lambda epoch: _restartable(

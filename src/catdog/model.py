@@ -16,7 +16,7 @@ import numpy.typing as npt
 from catdog.backbones import Backbone, preprocess
 from catdog.config import TrainParams
 from catdog.errors import CatdogError
-from catdog.files import written_aside
+from catdog.files import ZIP_DATE, written_aside
 from catdog.images import ResizeMode
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ Pooling = Literal["avg", "max", "flatten"]
 Output = Literal["sigmoid", "softmax"]
 
 _INFO_MEMBER = "catdog.json"
-_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -193,9 +192,9 @@ def save_model(model: keras.Model, info: ModelInfo, path: Path) -> None:
                         content = json.dumps(json.loads(content) | {"date_saved": "1980-01-01@00:00:00"}).encode()
                     elif name == "config.json":
                         content = _number_shared_objects(content.decode()).encode()
-                    target.writestr(zipfile.ZipInfo(name, _ZIP_DATE), content)
+                    target.writestr(zipfile.ZipInfo(name, ZIP_DATE), content)
                 description = json.dumps(asdict(info), indent=2).encode()
-                target.writestr(zipfile.ZipInfo(_INFO_MEMBER, _ZIP_DATE), description)
+                target.writestr(zipfile.ZipInfo(_INFO_MEMBER, ZIP_DATE), description)
         finally:
             saved.unlink(missing_ok=True)
 

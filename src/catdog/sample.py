@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from catdog.errors import CatdogError
-from catdog.files import written_aside
+from catdog.files import ZIP_DATE, written_aside
 from catdog.progress import progress
 
 SAMPLE_CLASSES = ("cat", "dog")
@@ -44,7 +44,6 @@ Frame = npt.NDArray[np.float64]
 """[2, 3] affine map from local units to pixels."""
 Colour = tuple[float, float, float]
 
-_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 _GREY_SHARE = 0.01
 _SUBPIXEL_BITS = 4
 
@@ -1623,7 +1622,7 @@ def write_sample(path: Path, *, count: int = 600, seed: int) -> None:
     with written_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
         for (_, class_index, index), data in zip(images, _draw_all(images), strict=True):
             species = SAMPLE_CLASSES[class_index]
-            archive.writestr(zipfile.ZipInfo(f"sample/{species}/{species}-{index:04d}.jpg", _ZIP_DATE), data)
+            archive.writestr(zipfile.ZipInfo(f"sample/{species}/{species}-{index:04d}.jpg", ZIP_DATE), data)
 
 
 def _draw_all(images: Sequence[tuple[int, int, int]]) -> Iterator[bytes]:

@@ -102,7 +102,7 @@ def choose_source(dataset: str, *, root: Path, seed: int, sample_images: int, sh
         return lambda target: _draw_sample(target, sample_images, seed)
     if dataset.startswith("tfds:"):
         return lambda target: ("tfds", export_tfds(dataset.removeprefix("tfds:"), target))
-    return lambda target: _fetch_folder(path, dataset, target, root)
+    return lambda target: _fetch_folder(path, target, root)
 
 
 def _kind_of_path(path: Path, dataset: str) -> str:
@@ -209,8 +209,7 @@ def _fetch_archive(path: Path, dataset: str, target: Path, root: Path, sha256: s
     return pack_archive(path, target, location=dataset), origin
 
 
-def _fetch_folder(path: Path, dataset: str, target: Path, root: Path) -> tuple[str, dict[str, Any]]:
-    _kind_of_path(path, dataset)
+def _fetch_folder(path: Path, target: Path, root: Path) -> tuple[str, dict[str, Any]]:
     origin = _require_tracked_state(path, root)
     pack_folder(path, target)
     return "folder", origin

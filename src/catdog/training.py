@@ -20,7 +20,7 @@ from catdog.checkpoints import (
     changing_variables,
     values_of,
 )
-from catdog.config import TrainParams
+from catdog.config import FineTuneParams, TrainParams
 from catdog.errors import CatdogError
 from catdog.features import FeatureSet
 from catdog.optimization import (
@@ -55,12 +55,14 @@ class FitPlan:
 
     phase: str  # names the checkpoint and the progress bar: head or fine_tune
     block: str  # of params.yaml that holds its learning rate, for messages
-    learning_rate: float
-    epochs: int  # at most
-    patience: int  # epochs without a better validation loss before it stops
+    settings: TrainParams | FineTuneParams  # its epochs, patience, batch size and learning rate
     images: int  # training images an epoch
-    batch_size: int
-    chance_loss: float  # of a model that knows nothing
+    outputs: int  # of the model: 1 (sigmoid) or the number of classes
+
+    @property
+    def chance_loss(self) -> float:
+        """The loss of a model that knows nothing."""
+        return math.log(max(2, self.outputs))
 
 
 @dataclass
@@ -74,7 +76,7 @@ class FitState:
 
     def finished(self, plan: FitPlan) -> bool:
         """Says whether no epoch is left, or too many brought nothing."""
-        return len(self.rows) >= plan.epochs or self.wait >= plan.patience
+        return len(self.rows) >= plan.settings.epochs or self.wait >= plan.settings.patience
 
 
 @dataclass(frozen=True)
@@ -132,16 +134,7 @@ def fit_head(
         jit_compile=False,
         steps_per_execution=8,
     )
-    plan = FitPlan(
-        phase="head",
-        block="train",
-        learning_rate=params.learning_rate,
-        epochs=params.epochs,
-        patience=params.patience,
-        images=len(train.labels),
-        batch_size=params.batch_size,
-        chance_loss=math.log(max(2, outputs)),
-    )
+    plan = FitPlan("head", "train", params, len(train.labels), outputs)
     result = fit(
         trainee,
         lambda epoch: _training_batches(train, outputs, params, seed=seed, epoch=epoch),
@@ -185,7 +178,7 @@ def fit(
             batches_from(first),
             validation_data=val,
             initial_epoch=first,
-            epochs=plan.epochs,
+            epochs=plan.settings.epochs,
             steps_per_epoch=steps_per_epoch,
             callbacks=[bookkeeper],
             shuffle=False,  # the batches come shuffled, from the seed; Keras would draw from global state
@@ -242,7 +235,7 @@ def _bookkeeper(state: FitState, plan: FitPlan, checkpoints: Checkpoints) -> Any
 
         def on_train_begin(self, logs: Any = None) -> None:
             done = len(state.rows) * plan.images
-            total = plan.epochs * plan.images
+            total = plan.settings.epochs * plan.images
             name = plan.phase.replace("_", "-")
             # Early stopping may end it sooner: the time left is the longest it can take.
             self.bar = tqdm(
@@ -255,7 +248,7 @@ def _bookkeeper(state: FitState, plan: FitPlan, checkpoints: Checkpoints) -> Any
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             if not math.isfinite(logs["loss"]):
                 raise CatdogError(_not_finite("training loss", logs["loss"], self.epoch, plan))
-            seen = min(plan.images, (batch + 1) * plan.batch_size)
+            seen = min(plan.images, (batch + 1) * plan.settings.batch_size)
             self.bar.update(self.epoch * plan.images + seen - self.bar.n)
 
         def on_test_begin(self, logs: Any = None) -> None:
@@ -304,8 +297,8 @@ def _not_finite(name: str, value: float, epoch: int, plan: FitPlan) -> str:
 
 def _what_to_try(plan: FitPlan) -> str:
     return (
-        f"lower {plan.block}.learning_rate (now {plan.learning_rate}), set train.clip_norm=1, or, if it computes in "
-        "half precision, set runtime.precision=float32"
+        f"lower {plan.block}.learning_rate (now {plan.settings.learning_rate}), set train.clip_norm=1, or, if it "
+        "computes in half precision, set runtime.precision=float32"
     )
 
 
