@@ -14,10 +14,13 @@ endif
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready-$(LOCK)
 
-.PHONY: repro test lint format setup lock clean
+.PHONY: repro ui test lint format setup lock clean
 
 repro: setup  ## run what changed of the pipeline
 	dvc repro
+
+ui: setup  ## compare the runs in MLflow's pages
+	catdog ui
 
 test: setup  ## run the tests
 	python -m pytest -n 2 --dist loadfile
@@ -44,15 +47,15 @@ $(READY): $(LOCK) pyproject.toml
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# The clients of single data sources (`dataset:`) that the tests use too.
-CLIENTS := --extra drive --extra kaggle --extra s3 --extra tfds
+# What the tests use beside the pipeline: the web page, a tracking server's database, clients of single data sources.
+EXTRAS := --extra app --extra drive --extra kaggle --extra postgres --extra s3 --extra tfds
 
 # Resolve anew within pyproject.toml's bounds. No index lines: a lock file must not name a registry's host.
 lock: setup
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade \
-	  --python-version 3.11 --extra cpu $(CLIENTS) --group dev pyproject.toml -o requirements.lock
+	  --python-version 3.11 --extra cpu $(EXTRAS) --group dev pyproject.toml -o requirements.lock
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header \
-	  --python-version 3.11 --extra gpu $(CLIENTS) --group dev -c requirements.lock pyproject.toml -o requirements-gpu.lock
+	  --python-version 3.11 --extra gpu $(EXTRAS) --group dev -c requirements.lock pyproject.toml -o requirements-gpu.lock
 
 clean:  ## remove what the pipeline made in the workspace (its cache and MLflow's runs stay)
 	rm -rf data models dvc_plots reports/*.csv reports/*.png reports/*.html reports/data reports/evaluation
