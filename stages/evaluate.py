@@ -1,70 +1,145 @@
 """Judges the saved model, end to end, on the untouched test split."""
 
 import time
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from sklearn.metrics import confusion_matrix
+import numpy.typing as npt
+import pandas as pd
 
 from catdog import paths
 from catdog.archives import open_archive, read_member
-from catdog.evaluation import class_table, compute_metrics, predict_classes, prediction_table, roc_table
-from catdog.files import write_text
-from catdog.images import decode
-from catdog.inference import choose_engine, compile_forward
-from catdog.model import class_probabilities, load_model
-from catdog.plots import plot_confusion, plot_gallery, plot_roc
+from catdog.corruptions import collect_pictures
+from catdog.evaluation import LabelledPredictions, choose_images, compute_metrics, prediction_table
+from catdog.evaluation_page import write_report
+from catdog.evaluation_pictures import choose_galleries, draw_galleries, draw_tables
+from catdog.evaluation_tables import evaluation_tables, robustness_table
+from catdog.feature_map import MOST_IMAGES, feature_table, project, split_outputs, with_features
+from catdog.files import read_json, read_manifest, sha256_of, write_text
+from catdog.gradcam import build_gradcam
+from catdog.images import Pixels
+from catdog.inference import Forward, choose_engine, compile_forward, single_picture_seconds
+from catdog.model import class_probabilities, load_model, predict_classes
+from catdog.model_card import write_model_card
 from catdog.records import RecordReader, shard_paths, verify_shards
+from catdog.report_content import ReportContent, describe_weights
 from catdog.runtime import device_facts, prepare_keras
-from catdog.tracking import log_data_hash, stage
+from catdog.slices import sharpness
+from catdog.tracking import StageRun, log_data_hash, stage
 
 
 def main() -> None:
     """Runs the stage."""
     with stage("evaluate") as run:
         log_data_hash(run, paths.TFRECORDS)
-        params = run.params.evaluate
+        params, seed = run.params.evaluate, run.params.seed
         verify_shards(paths.TFRECORDS, ["test"])
-        prepare_keras(run.params.seed, precision=run.params.runtime.precision)
+        prepare_keras(seed, precision=run.params.runtime.precision)
         model, info = load_model(paths.MODEL)
+        outputs = model.output_shape[-1]
         engine = choose_engine(run.params.embed.engine)
         run.note(device_facts(run.params.runtime.xla) | {"engine": engine})
-        batch_size = run.params.embed.batch_size
-        forward = compile_forward(model, engine, batch_size=batch_size, xla=run.params.runtime.xla)
+        forward = compile_forward(
+            with_features(model, info), engine, batch_size=run.params.embed.batch_size, xla=run.params.runtime.xla
+        )
 
         started = time.monotonic()
-        reader = RecordReader(shard_paths(paths.TFRECORDS, "test"), batch_size)
-        probabilities = class_probabilities(forward(reader))
-        run.measure({"images_per_second": round(len(probabilities) / (time.monotonic() - started), 1)})
-        labels = reader.labels
-
-        metrics = compute_metrics(labels, probabilities, params.threshold)
-        predictions = prediction_table(reader.paths, labels, probabilities, info.class_names, params.threshold)
-        roc = roc_table(labels, probabilities, info.class_names)
-        classes = class_table(labels, probabilities, info.class_names, params.threshold)
-        write_text(paths.PREDICTIONS, predictions.to_csv(index=False))
-        write_text(paths.ROC, roc.to_csv(index=False))
-        write_text(paths.EVALUATION_PICTURES / "classes.csv", classes.to_csv(index=False))
-
-        predicted = predict_classes(probabilities, params.threshold)
-        matrix = confusion_matrix(labels, predicted, labels=np.arange(len(info.class_names)))
-        plot_confusion(matrix, info.class_names, paths.EVALUATION_PICTURES / "confusion.png")
-        plot_roc(roc, metrics["roc_auc"], paths.EVALUATION_PICTURES / "roc.png")
-        wrong = predictions[~predictions["correct"]].sort_values(["confidence", "path"], ascending=[False, True])
-        shown = wrong.head(params.gallery)
-        with open_archive(paths.RAW) as archive:
-            plot_gallery(
-                [decode(read_member(archive, path)) for path in shown["path"]],
-                [f"{row.label}, called {row.predicted}\n{row.confidence:.1%}" for row in shown.itertuples()],
-                paths.EVALUATION_PICTURES / "mistakes.png",
-                title=f"The {len(shown)} most confident of {len(wrong):,} mistakes"
-                if len(wrong)
-                else f"No mistake among {len(predictions):,} test pictures",
-            )
-        run.finish(
-            metrics | {"test_images": len(predictions)},
-            f"{metrics['accuracy']:.2%} of {len(predictions):,} test images right, "
-            f"log loss {metrics['log_loss']:.4f}, ROC AUC {metrics['roc_auc']:.4f}",
+        reader = _open_test_images(run)
+        sharp: list[npt.NDArray[np.float32]] = []
+        features, output = split_outputs(forward(_measured(reader, sharp)), outputs)
+        run.measure({"images_per_second": round(len(output) / (time.monotonic() - started), 1)})
+        run.measure({"latency_ms": round(1000 * single_picture_seconds(forward, info.image_size), 2)})
+        predictions = LabelledPredictions(
+            tuple(reader.paths), reader.labels, class_probabilities(output), info.class_names, info.threshold
         )
+
+        tables = evaluation_tables(
+            predictions,
+            read_manifest(paths.MANIFEST),
+            np.concatenate(sharp),
+            temperature=info.temperature,
+            resamples=params.resamples,
+            seed=seed,
+        )
+        if params.feature_map != "none":
+            shown = choose_images(predictions.labels, MOST_IMAGES, seed)
+            tables["features"] = feature_table(predictions, shown, project(features[shown], params.feature_map, seed))
+        if params.corruptions:
+            tables["corruptions"] = _try_corruptions(run, forward, predictions, outputs)
+        tables["predictions"] = prediction_table(predictions)
+        for name, table in tables.items():
+            file = paths.PREDICTIONS if name == "predictions" else paths.TABLES / f"{name}.csv"
+            write_text(file, table.to_csv(index=False))
+
+        pictures = draw_tables(tables, predictions, paths.EVALUATION_PICTURES)
+        with open_archive(paths.RAW) as archive:
+            pictures |= draw_galleries(
+                predictions,
+                choose_galleries(predictions, params.gallery),
+                lambda path: read_member(archive, path),
+                info,
+                build_gradcam(model, info) if params.gradcam else None,
+                paths.EVALUATION_PICTURES,
+            )
+        metrics = compute_metrics(predictions)
+        of_accuracy = tables["metrics"].set_index("metric").loc["accuracy"].to_dict()
+        report = {
+            "accuracy": metrics.pop("accuracy"),
+            "accuracy_low": of_accuracy["low"],
+            "accuracy_high": of_accuracy["high"],
+            **metrics,
+            "test_images": len(predictions.paths),
+        }
+        embedded = read_json(paths.FEATURES_INFO)
+        content = ReportContent(
+            tables=tables,
+            metrics=report,
+            pictures=pictures | {"learning_curves": paths.LEARNING_CURVES},
+            info=info,
+            params=run.params,
+            facts=read_json(paths.DATA_REPORT)
+            | {"dataset": run.params.dataset, "dataset_hash": f"SHA-256:{sha256_of(paths.RAW)}"},
+            training=read_json(paths.TRAIN_REPORT),
+            weights=describe_weights(info.backbone, info.weights, embedded["weights_sha256"]),
+            model_bytes=paths.MODEL.stat().st_size,
+        )
+        write_report(paths.REPORT_PAGE, content)
+        write_model_card(paths.MODEL_CARD, content)
+        run.finish(
+            report,
+            f"{report['accuracy']:.2%} of {len(predictions.paths):,} test images right "
+            f"({report['accuracy_low']:.2%} to {report['accuracy_high']:.2%}), log loss {report['log_loss']:.4f}; "
+            f"{paths.REPORT_PAGE} shows more",
+        )
+
+
+def _open_test_images(run: StageRun) -> RecordReader:
+    return RecordReader(shard_paths(paths.TFRECORDS, "test"), run.params.embed.batch_size)
+
+
+def _measured(batches: Iterable[Pixels], sharp: list[npt.NDArray[np.float32]]) -> Iterator[Pixels]:
+    """Passes the batches on, and keeps how sharp their pictures are."""
+    for batch in batches:
+        sharp.append(sharpness(batch))
+        yield batch
+
+
+def _try_corruptions(run: StageRun, forward: Forward, predictions: LabelledPredictions, outputs: int) -> pd.DataFrame:
+    """The accuracy on damaged copies of some of the test pictures."""
+
+    def predict(batches: Iterable[Pixels]) -> npt.NDArray[np.int64]:
+        _, output = split_outputs(forward(batches), outputs)
+        return predict_classes(class_probabilities(output), predictions.threshold)
+
+    chosen = choose_images(predictions.labels, run.params.evaluate.corruptions, run.params.seed)
+    return robustness_table(
+        collect_pictures(_open_test_images(run), chosen),
+        chosen,
+        predictions,
+        predict,
+        seed=run.params.seed,
+        batch_size=run.params.embed.batch_size,
+    )
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@ import functools
 import os
 import time
 
-import pandas as pd
-
 from catdog import paths
 from catdog.archives import open_archive
-from catdog.files import read_json
+from catdog.files import read_json, read_manifest
 from catdog.progress import progress
 from catdog.records import (
     ImageRow,
@@ -34,7 +32,7 @@ def main() -> None:
         classes = read_json(paths.DATA_REPORT)["classes"]
         number = {name: index for index, name in enumerate(classes)}
         # As text: a class may be called 1 or NA.
-        manifest = pd.read_csv(paths.MANIFEST, dtype={"path": str, "label": str}, keep_default_na=False)
+        manifest = read_manifest(paths.MANIFEST)
         rows: dict[str, list[ImageRow]] = {}
         for split in paths.SPLITS:  # the manifest may hold images in none of them
             of_split = manifest[manifest["split"] == split]

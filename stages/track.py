@@ -3,14 +3,13 @@
 It has no outputs, so DVC never restores it from its cache: whenever anything changed, it runs.
 """
 
-from catdog.tracking import complete_parent, stage
+from catdog.tracking import stage, track
 
 
 def main() -> None:
     """Runs the stage."""
     with stage("track") as run:
-        name = complete_parent(run)
-        print(f"track: run {name!r} is complete; compare runs with `mlflow ui`")
+        track(run)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,28 @@
 """Fits the head on the features, fine-tunes the backbones if asked, then saves the whole model."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 import catdog
 from catdog import paths
 from catdog.backbones import build_backbone, get_backbones
+from catdog.calibration import calibrate, check_threshold_rule
 from catdog.checkpoints import Checkpoints, open_checkpoints, run_key
 from catdog.features import FeatureSet, open_features
 from catdog.files import read_json, write_text
 from catdog.fine_tuning import FineTuned, Images, fine_tune
-from catdog.model import ModelInfo, assemble, build_head, save_model
+from catdog.inference import choose_engine, compile_forward
+from catdog.model import ModelInfo, assemble, build_head, logits_of, save_model, set_temperature
 from catdog.plots import plot_learning_curves
-from catdog.records import shard_paths, verify_shards
+from catdog.records import RecordReader, shard_paths, verify_shards
 from catdog.runtime import device_facts, distribution, full_precision, jit_compile, prepare_keras
-from catdog.serving import log_served_model
 from catdog.tracking import StageRun, dvc_outs, log_data_hash, stage
-from catdog.training import best_epoch, fit_head, join_histories
+from catdog.training import apply_head, best_epoch, fit_head, join_histories
 from catdog.weights import load_all
 
 if TYPE_CHECKING:
@@ -42,6 +47,7 @@ def main() -> None:
             weights=embedded["weights"],
             pooling=embedded["pooling"],
         )
+        check_threshold_rule(run.params.calibrate.threshold, class_count=len(info.class_names))
         train, val = open_features(paths.FEATURES, "train", views=True), open_features(paths.FEATURES, "val")
         with open_checkpoints(run.root, _key(run, embedded)) as checkpoints:
             backbones = get_backbones(info.backbone)
@@ -59,17 +65,24 @@ def main() -> None:
                 tuned = _fine_tune(run, model, info, train, val, checkpoints)
             history = join_histories(head_history, tuned.history if tuned else None)
             write_text(paths.HISTORY, history.round(6).to_csv(index=False))
-            run.log_curves(history.drop(columns="phase"))
+            run.log_curves(history)
             best = best_epoch(history if tuned and tuned.improved else history.head(len(head_history)))
             plot_learning_curves(history, int(best["epoch"]), paths.LEARNING_CURVES)
 
+            improved = tuned is not None and tuned.improved
+            logits = _validation_logits(run, model) if improved else apply_head(head, val)
+            calibration = calibrate(logits, val.labels, run.params.calibrate)
+            set_temperature(model, calibration.temperature)
+            info = replace(info, temperature=calibration.temperature, threshold=calibration.threshold)
             save_model(model, info, paths.MODEL)
-            log_served_model(run.run_id, paths.MODEL)
+            run.log_model(paths.MODEL)
             report: dict[str, Any] = {
                 "best_epoch": int(best["epoch"]),
                 "epochs": len(history),
                 "best_val_loss": round(float(best["val_loss"]), 6),
                 "best_val_accuracy": round(float(best["val_accuracy"]), 6),
+                "temperature": round(calibration.temperature, 6),
+                "threshold": round(calibration.threshold, 6),
                 "head_parameters": head.count_params(),
                 "model_parameters": model.count_params(),
                 "model_bytes": paths.MODEL.stat().st_size,
@@ -83,6 +96,15 @@ def main() -> None:
                 summary += f"; fine-tuning {'improved' if tuned.improved else 'did not improve'} the frozen model"
             run.finish(report, summary)
             checkpoints.clear()
+
+
+def _validation_logits(run: StageRun, model: "keras.Model") -> npt.NDArray[np.float32]:
+    """The logits of the validation images, float32 [images, 1 or classes], from the stored pictures."""
+    embed = run.params.embed
+    forward = compile_forward(
+        logits_of(model), choose_engine(embed.engine), batch_size=embed.batch_size, xla=run.params.runtime.xla
+    )
+    return forward(RecordReader(shard_paths(paths.TFRECORDS, "val"), embed.batch_size))
 
 
 def _key(run: StageRun, embedded: dict[str, Any]) -> str:

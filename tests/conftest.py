@@ -38,6 +38,8 @@ SMALL = {
     "train.batch_size": 16,
     "train.learning_rate": 0.002,
     "train.epochs": 12,
+    "evaluate.gallery": 6,
+    "evaluate.resamples": 100,
 }
 # Nothing listens there: whoever needs the network fails at once.
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
@@ -312,7 +314,7 @@ def build_experiments(workshop):
         assert done.returncode == 0, done.stdout + done.stderr
         logs[name] = stages_run(done.stdout)
 
-    project.set_params({"evaluate.threshold": 0.6})
+    project.set_params({"evaluate.gallery": 9})
     logs["repro"] = project.repro()
     # Back to the last commit, where the experiments start.
     project.git("checkout", "--quiet", ".")
@@ -329,7 +331,7 @@ def build_experiments(workshop):
     for name in ("vgg16", "calm"):
         logs[name] = stages_run(project.dvc("queue", "logs", name).stdout)
     run("again", "backbone=vgg16", "--temp")
-    run("strict", "evaluate.threshold=0.6")
+    run("gallery", "evaluate.gallery=9")
     project.git("checkout", "--quiet", ".")
     workshop.record("experiments").write_text(json.dumps(logs))
 
@@ -450,8 +452,8 @@ def interruptions(workshop, elsewhere):
 def experiments(workshop):
     """A copy in which DVC ran changed parameters in each of its ways, without network.
 
-    First a plain `dvc repro` with another threshold; then `vgg16` and `calm` from the queue by two workers at once
-    (another backbone, another learning rate), `again` in a temporary folder (what `vgg16` did already) and `strict`
+    First a plain `dvc repro` with smaller galleries; then `vgg16` and `calm` from the queue by two workers at once
+    (another backbone, another learning rate), `again` in a temporary folder (what `vgg16` did already) and `gallery`
     in the workspace (what the plain repro did already).
     """
     return workshop.built("experiments")

@@ -79,7 +79,8 @@ def test_a_wrong_path_is_told_before_a_framework_is_loaded(tmp_path):
         archive.writestr("catdog.json", json.dumps(asdict(ModelInfo(("a", "b"), 32, "pad", 95, "x", "random", "avg"))))
     arguments = ["predict", tmp_path / "absent.jpg", "--model", tmp_path / "model.keras"]
     told = catdog(*arguments).stderr
-    assert told == f"catdog: {tmp_path}/absent.jpg does not exist; give image files, folders or zip archives\n"
+    assert told.startswith(f"catdog: {tmp_path}/absent.jpg does not exist; give image files, folders, archives")
+    assert told.count("\n") == 1
     loaded = modules_loaded_by(*arguments)
     assert "catdog.predict" in loaded
     assert loaded & {"keras", "tensorflow", "mlflow", "openvino", "pandas"} == set()
@@ -133,7 +134,7 @@ def test_version_and_backbones(capsys):
 PRINTS = """
 import sys
 from catdog import cli
-cli._list_backbones = lambda options: [print("x" * 99) for _ in range({lines})] and 0
+cli._list_backbones = lambda: [print("x" * 99) for _ in range({lines})] and 0
 sys.exit(cli.main(["backbones"]))
 """
 
@@ -179,15 +180,20 @@ def calls(monkeypatch):
 
 def test_predict_passes_its_options_on_and_returns_its_exit_code(calls):
     assert cli.main(["predict"]) == 1
-    assert calls.pop() == {"inputs": [], "model": None, "submission": None, "probabilities": False, "layout": None}
+    absent = dict.fromkeys(("model", "submission", "layout", "top", "threshold", "gradcam"))
+    assert calls.pop() == absent | {"inputs": [], "probabilities": False}
     options = ["--model", "m.keras", "--submission", "s.csv", "--probabilities", "--format", "jsonl"]
+    options += ["--top", "2", "--threshold", "0.7", "--gradcam", "maps"]
     assert cli.main(["predict", "a", "b c", *options]) == 1
     assert calls.pop() == {
-        "inputs": [Path("a"), Path("b c")],
-        "model": Path("m.keras"),
+        "inputs": ["a", "b c"],
+        "model": "m.keras",
         "submission": Path("s.csv"),
         "probabilities": True,
         "layout": "jsonl",
+        "top": 2,
+        "threshold": 0.7,
+        "gradcam": Path("maps"),
     }
 
 

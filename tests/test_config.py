@@ -188,8 +188,11 @@ def test_wrong_type_is_refused_by_name(name, value):
         ("train.l2", -1),
         ("train.epochs", 0),
         ("train.patience", 0),
-        ("evaluate.threshold", 0),
-        ("evaluate.threshold", 1),
+        ("calibrate.threshold", 0.0),
+        ("calibrate.threshold", 1.0),
+        ("calibrate.threshold", "f2"),
+        ("calibrate.threshold", True),
+        ("calibrate.target", 0),
         ("evaluate.gallery", 0),
     ],
 )

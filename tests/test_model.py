@@ -10,6 +10,7 @@ import sys
 import time
 import types
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -18,7 +19,7 @@ import pytest
 
 from catdog import paths
 from catdog.backbones import build_backbone, get_backbone, get_backbones
-from catdog.config import TrainParams, validate_params
+from catdog.config import TrainParams, load_params, validate_params
 from catdog.errors import CatdogError
 from catdog.features import open_features
 from catdog.files import read_json, write_json
@@ -30,8 +31,10 @@ from catdog.model import (
     choose_output,
     class_probabilities,
     load_model,
+    logits_of,
     read_info,
     save_model,
+    set_temperature,
 )
 from catdog.records import (
     ImageRow,
@@ -246,7 +249,8 @@ def test_each_joined_network_gets_its_own_preprocessing(pretrained):
 
 def test_one_network_gives_the_names_that_model_files_have(model):
     names = [layer.name for layer in model.layers]
-    assert names == ["pixels", "preprocessing", "mobilenetv2_1.00_64", "pooling", "head", "probabilities"]
+    assert names[:4] == ["pixels", "preprocessing", "mobilenetv2_1.00_64", "pooling"]
+    assert names[4:] == ["head", "temperature", "probabilities"]
 
 
 def test_names_in_a_joined_model_are_unique_and_tell_the_networks_apart(joined_model, pretrained):
@@ -258,6 +262,19 @@ def test_names_in_a_joined_model_are_unique_and_tell_the_networks_apart(joined_m
         # Where class activation maps are read, and where fine-tuning starts.
         assert network.get_layer(backbone.last_convolution) is not None
         assert network.get_layer(backbone.fine_tune_from) is not None
+
+
+def test_temperature_divides_the_logits_and_is_saved(joined_model, tmp_path):
+    logits = eager(logits_of(joined_model), pictures())
+    set_temperature(joined_model, 2.5)
+    try:
+        save_model(joined_model, replace(JOINED_INFO, temperature=2.5, threshold=0.7), tmp_path / "model.keras")
+    finally:
+        set_temperature(joined_model, 1.0)
+    loaded, info = load_model(tmp_path / "model.keras")
+    assert (info.temperature, info.threshold) == (2.5, 0.7)
+    assert np.allclose(eager(loaded, pictures()), 1 / (1 + np.exp(-logits / 2.5)), atol=1e-6)
+    assert np.allclose(eager(joined_model, pictures()), 1 / (1 + np.exp(-logits)), atol=1e-6)
 
 
 def test_joined_model_is_saved_loaded_and_the_same(joined_model, tmp_path):
@@ -379,8 +396,7 @@ def run_stage(name: str, params, monkeypatch) -> None:
         write_json(STAGES[name].report, report)
 
     run = types.SimpleNamespace(params=params, root=Path.cwd(), run_id="none", finish=finish)
-    run.measure = run.note = run.log_curves = lambda *values: None
-    monkeypatch.setitem(sys.modules, "catdog.serving", types.SimpleNamespace(log_served_model=lambda *values: None))
+    run.measure = run.note = run.log_curves = run.log_model = lambda *values: None
     spec = importlib.util.spec_from_file_location(f"stage_{name}", ROOT / "stages" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -406,14 +422,14 @@ def test_trained_file_holds_the_network_that_made_the_features(tmp_path, monkeyp
     described = {"classes": list(classes), "image_size": 32, "resize": "stretch", "jpeg_quality": 95}
     described["images"] = {split: len(part) for split, part in splits.items()}
     write_json(paths.PREPROCESS_REPORT, described)
-    blocks = {name: {} for name in ("download", "split", "preprocess", "augment", "fine_tune", "runtime", "evaluate")}
-    blocks |= {"embed": {"engine": "keras"}, "train": {"epochs": 1}}
-    params = validate_params({**blocks, "weights": weights})
+    params = load_params(ROOT / "params.yaml").model_dump()
+    params["embed"]["engine"], params["train"]["epochs"] = "keras", 1
+    params = validate_params(params | {"weights": weights})
     run_stage("embed", params, monkeypatch)
     run_stage("train", params, monkeypatch)
     assert read_json(paths.FEATURES_INFO)["weights"] == weights
 
-    whole, _ = load_model(paths.MODEL)
+    whole, info = load_model(paths.MODEL)
     extractor = keras.Model(whole.inputs[0], whole.get_layer("pooling").output)
     reader = RecordReader(shard_paths(paths.TFRECORDS, "train"), 4)
     batches = [batch.astype(np.float32) for batch in reader]
@@ -423,6 +439,6 @@ def test_trained_file_holds_the_network_that_made_the_features(tmp_path, monkeyp
     scale = np.abs(stored).max()
     assert np.ptp(stored, axis=0).max() > 1e-3 * scale > 0
     assert np.abs(made - stored).max() < 1e-3 * scale
-    logits = eager(whole.get_layer("head"), stored).astype(np.float64)
+    logits = eager(whole.get_layer("head"), stored).astype(np.float64) / info.temperature
     found = np.concatenate([eager(whole, batch) for batch in batches])
     assert np.abs(found - 1 / (1 + np.exp(-logits))).max() < 1e-4

@@ -132,7 +132,7 @@ def test_another_learning_rate_repeats_only_the_head(experiment_stages):
     assert experiment_stages["calm"] == ["train", "evaluate", "track"]
 
 
-def test_another_threshold_repeats_only_the_evaluation(experiment_stages):
+def test_larger_galleries_repeat_only_the_evaluation(experiment_stages):
     assert experiment_stages["repro"] == ["evaluate", "track"]
 
 
@@ -142,7 +142,7 @@ def test_another_backbone_repeats_embed_and_what_follows_without_network(experim
 
 def test_the_same_experiment_again_comes_from_the_cache(experiment_stages):
     assert experiment_stages["again"] == ["track"]
-    assert experiment_stages["strict"] == ["track"]
+    assert experiment_stages["gallery"] == ["track"]
 
 
 # From nothing, at another place

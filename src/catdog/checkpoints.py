@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from catdog import paths
 from catdog.files import written_aside
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ SECONDS_BETWEEN = 10.0
 """At most one checkpoint in so many seconds: a head's epoch takes less time than writing one."""
 DAYS_KEPT = 14
 """Checkpoints of runs that nobody took up again are deleted after so many days."""
-_FOLDER = Path(".dvc") / "tmp" / "checkpoints"
 _META = "meta"
 
 Arrays = dict[str, list[npt.NDArray[Any]]]
@@ -118,7 +118,7 @@ def open_checkpoints(root: Path, key: str) -> Iterator[Checkpoints]:
     """
     from filelock import FileLock, Timeout
 
-    parent = root / _FOLDER
+    parent = root / paths.CHECKPOINTS
     parent.mkdir(parents=True, exist_ok=True)
     _delete_forgotten(parent)
     lock = FileLock(parent / f"{key}.lock")

@@ -7,10 +7,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from catdog.backbones import get_backbones
 from catdog.errors import CatdogError
+
+THRESHOLD_RULES = ("f1", "youden", "precision", "recall")
+"""How the threshold may be chosen on the validation split; see `calibration.choose_threshold`."""
 
 
 def _list_to_tuple(value: object) -> object:
@@ -147,11 +159,125 @@ class RuntimeParams(_Block):
     xla: Literal["auto", "always", "never"] = "auto"
 
 
+def _check_threshold(value: object) -> float | str:
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    if isinstance(value, str) and value in THRESHOLD_RULES:
+        return value
+    raise ValueError(f"it must be a number between 0 and 1, or {', '.join(THRESHOLD_RULES)}")
+
+
+class CalibrateParams(_Block):
+    """What is fitted on the validation split after training and stored in the model."""
+
+    temperature: bool = True
+    threshold: Annotated[float | str, PlainValidator(_check_threshold)] = 0.5
+    target: float = Field(0.95, gt=0, le=1)
+
+
 class EvaluateParams(_Block):
     """How the test split is judged and shown."""
 
-    threshold: float = Field(0.5, gt=0, lt=1)
     gallery: int = Field(24, ge=1, le=400)
+    resamples: int = Field(1000, ge=100, le=100_000)
+    gradcam: bool = True
+    feature_map: Literal["tsne", "pca", "none"] = "tsne"
+    corruptions: int = Field(0, ge=0)
+
+
+MOST_HIDDEN_LAYERS = 8
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """Returns the two ends of a range of `tune`, such as "0.0001..0.1"; raises ValueError where it is none."""
+    low, dots, high = text.partition("..")
+    if not dots:
+        raise ValueError(text)
+    return float(low), float(high)
+
+
+def _candidates(name: str) -> BeforeValidator:
+    """Builds the check of what a search may try: a list of values, or a numeric range as "from..to".
+
+    Each value, and each end of a range, must be one that `train` takes.
+    """
+
+    def check(value: object) -> str | tuple[Any, ...]:
+        if isinstance(value, list | tuple) and value:
+            values = tuple(value)
+        elif isinstance(value, str) and name != "optimizer":
+            values = _ends(name, value)
+        else:
+            kinds = "a list of values" if name == "optimizer" else "a list of values, or a range such as 1..3"
+            raise ValueError(f"must be {kinds}")
+        for number, candidate in enumerate(values):
+            _check_candidate(name, candidate)
+            if isinstance(value, list | tuple) and candidate in values[:number]:
+                raise ValueError(f"holds {candidate} twice")
+        if isinstance(value, str):
+            return value
+        return tuple(map(float, values)) if name in ("learning_rate", "dropout") else values
+
+    return BeforeValidator(check)
+
+
+def _ends(name: str, text: str) -> tuple[Any, ...]:
+    try:
+        ends: tuple[Any, ...] = parse_range(text)
+        if name.startswith("hidden"):
+            ends = tuple(int(part) for part in text.split(".."))
+    except ValueError:
+        raise ValueError("must be a list of values, or a range such as 1..3") from None
+    if ends[0] > ends[1]:
+        raise ValueError("must go from the lower end to the higher")
+    return ends
+
+
+def _check_candidate(name: str, value: object) -> None:
+    if name == "hidden_layers":
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_HIDDEN_LAYERS:
+            raise ValueError(f"may hold whole numbers from 0 to {MOST_HIDDEN_LAYERS}, not {value!r}")
+        return
+    try:
+        TrainParams.model_validate({name: (value,) if name == "hidden_units" else value})
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise ValueError(f"holds {value!r}: {message[0].lower()}{message[1:]}") from None
+
+
+class TuneParams(_Block):
+    """What `catdog tune` tries, and how it chooses."""
+
+    method: Literal["random", "hyperband", "bayesian"] = "hyperband"
+    trials: int = Field(70, ge=1, le=10_000)
+    epochs: int = Field(30, ge=1, le=100_000)
+    patience: int = Field(3, ge=1)
+    learning_rate: Annotated[str | tuple[float, ...], _candidates("learning_rate")] = "0.0001..0.1"
+    optimizer: Annotated[tuple[str, ...], _candidates("optimizer")] = ("adam", "adamw", "momentum")
+    hidden_layers: Annotated[str | tuple[int, ...], _candidates("hidden_layers")] = (0, 1, 2)
+    hidden_units: Annotated[str | tuple[int, ...], _candidates("hidden_units")] = (64, 128, 256)
+    dropout: Annotated[str | tuple[float, ...], _candidates("dropout")] = "0.0..0.7"
+
+
+class PromoteParams(_Block):
+    """What `catdog promote` asks of a model; 0 asks nothing, but of the calibration error."""
+
+    min_accuracy: float = Field(default=0.8, ge=0, le=1)
+    min_balanced_accuracy: float = Field(default=0.0, ge=0, le=1)
+    min_precision: float = Field(default=0.0, ge=0, le=1)
+    min_recall: float = Field(default=0.0, ge=0, le=1)
+    min_f1: float = Field(default=0.0, ge=0, le=1)
+    min_roc_auc: float = Field(default=0.0, ge=0, le=1)
+    min_pr_auc: float = Field(default=0.0, ge=0, le=1)
+    max_ece: float = Field(default=0.1, ge=0, le=1)
+    max_megabytes: float = Field(default=0.0, ge=0)
+    max_latency_ms: float = Field(default=0.0, ge=0)
+
+
+class TrackingParams(_Block):
+    """How the pipeline depends on MLflow."""
+
+    required: bool = True
 
 
 class Params(_Block):
@@ -168,8 +294,12 @@ class Params(_Block):
     embed: EmbedParams
     train: TrainParams
     fine_tune: FineTuneParams
+    calibrate: CalibrateParams
     runtime: RuntimeParams
     evaluate: EvaluateParams
+    tune: TuneParams
+    promote: PromoteParams = PromoteParams()
+    tracking: TrackingParams = TrackingParams()
 
     def flat(self) -> dict[str, str]:
         """Returns every parameter by its dotted name, as text, as MLflow and `-S` name them."""

@@ -6,7 +6,6 @@ on nothing but the data. The layout is in `templates/data.html.jinja`; this modu
 
 from __future__ import annotations
 
-import base64
 import functools
 import os
 import re
@@ -14,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +21,7 @@ import pandas as pd
 
 from catdog.files import written_aside
 from catdog.images import MAX_PIXELS, Pixels, decode, encode_jpeg, resize
+from catdog.pages import data_uri, load_template, printable
 from catdog.paths import REJECTED, SPLITS, UNUSED
 from catdog.plots import plot_class_counts, plot_picture_rows, plot_properties, plot_sizes, shrink
 from catdog.quality import inspect
@@ -184,7 +183,7 @@ def render_page(shown: Shown, manifest: pd.DataFrame, rejected: pd.DataFrame, re
     contradicted_files = int(rejected["reason"].str.startswith(CONTRADICTION).sum())
     complete = contradicted_files <= CONTRADICTIONS_READ and len(shown.contradictions) <= GROUPS_SHOWN
     return str(
-        _template().render(
+        load_template("data.html.jinja").render(
             tiles=_tiles(manifest, rejected, report, shown.duplicates),
             method=report.get("method", ""),
             splits=list(counts),
@@ -340,13 +339,6 @@ def histogram(values: pd.Series, *, low: float | None = None, high: float | None
         for i, n in enumerate(counts)
     ]
     return {"low": low, "high": high, "median": float(np.median(numbers)), "bars": bars}
-
-
-def printable(text: object) -> str:
-    """Shows what a reader could not see or would be misled by (line breaks, changes of direction) as escapes."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in str(text)
-    )
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -521,7 +513,7 @@ def _square(pixels: Pixels) -> Pixels:
 
 
 def _data_uri(pixels: Pixels) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(pixels, _JPEG_QUALITY)).decode()
+    return data_uri(encode_jpeg(pixels, _JPEG_QUALITY), "jpeg")
 
 
 def _draw_montages(shown: Shown, totals: Mapping[str, int], folder: Path) -> None:
@@ -546,15 +538,3 @@ def _draw_montages(shown: Shown, totals: Mapping[str, int], folder: Path) -> Non
             title=f"{printable(_shortened(name, 60))}: {len(pictures)} of {totals[name]:,} pictures, drawn at random",
             side=MONTAGE_SIDE,
         )
-
-
-def _template() -> Any:
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["printable"] = printable
-    environment.filters["number"] = lambda value: f"{value:,}"
-    text = resources.files("catdog").joinpath("templates/data.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(text)

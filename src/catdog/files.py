@@ -9,9 +9,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from catdog.errors import CatdogError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 """The date of every member of a zip that is written here: equal contents then give equal bytes."""
@@ -48,6 +51,13 @@ def read_json(path: Path) -> dict[str, Any]:
     value = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(value, dict), f"{path} holds no JSON object"
     return value
+
+
+def read_manifest(path: Path) -> pd.DataFrame:
+    """Reads the manifest that the split stage wrote; names and labels that look like numbers or "NA" stay texts."""
+    import pandas as pd
+
+    return pd.read_csv(path, dtype={"path": str, "label": str}, keep_default_na=False)
 
 
 def sha256_of(path: Path) -> str:

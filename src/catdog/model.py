@@ -39,6 +39,8 @@ class ModelInfo:
     backbone: str  # as in params.yaml: one name, or several joined by +
     weights: str
     pooling: Pooling
+    threshold: float = 0.5  # two classes: the probability from which the second is predicted
+    temperature: float = 1.0  # by which the model divides its logits; it already does
 
 
 def choose_output(output: Literal["auto", "sigmoid", "softmax"], class_count: int) -> Output:
@@ -157,7 +159,7 @@ def assemble(
 
     Returns:
         float32 pixels [batch, size, size, 3], RGB in 0..255, to float32 probabilities [batch, 1] (of the
-        second class) or [batch, classes].
+        second class) or [batch, classes]. Its temperature is 1; `set_temperature` changes that.
     """
     import keras
 
@@ -165,13 +167,38 @@ def assemble(
     logits = head(_joined_features(pixels, networks, backbones, pooling))
     function = "sigmoid" if logits.shape[-1] == 1 else "softmax"
     # float32 also where the rest computes in half precision.
-    probabilities = keras.layers.Activation(function, dtype="float32", name="probabilities")(logits)
+    calm = keras.layers.Rescaling(1.0, dtype="float32", name="temperature")(logits)
+    probabilities = keras.layers.Activation(function, dtype="float32", name="probabilities")(calm)
     return keras.Model(pixels, probabilities, name="catdog")
+
+
+def logits_of(model: keras.Model) -> keras.Model:
+    """Returns the part of a model from `assemble` that ends before the temperature: pixels to logits."""
+    import keras
+
+    return keras.Model(model.input, model.get_layer("temperature").input)
+
+
+def set_temperature(model: keras.Model, temperature: float) -> None:
+    """Makes a model from `assemble` divide its logits by this number, above 0, from its next use on."""
+    model.get_layer("temperature").scale = 1 / temperature
 
 
 def class_probabilities(output: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Returns one column a class, [images, classes], whether the model has one sigmoid or a softmax."""
     return np.concatenate([1 - output, output], axis=1) if output.shape[1] == 1 else output
+
+
+def predict_classes(probabilities: npt.NDArray[np.float32], threshold: float) -> npt.NDArray[np.int64]:
+    """Returns the predicted class numbers, int64 [images].
+
+    Args:
+        probabilities: [images, classes].
+        threshold: for two classes, the probability from which the second is predicted; else unused.
+    """
+    if probabilities.shape[1] == 2:
+        return (probabilities[:, 1] >= threshold).astype(np.int64)
+    return np.asarray(probabilities.argmax(axis=1), np.int64)
 
 
 def save_model(model: keras.Model, info: ModelInfo, path: Path) -> None:

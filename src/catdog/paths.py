@@ -39,8 +39,15 @@ HISTORY = Path("reports/history.csv")
 LEARNING_CURVES = Path("reports/learning_curves.png")
 METRICS = Path("reports/metrics.json")
 PREDICTIONS = Path("reports/predictions.csv")
-ROC = Path("reports/roc.csv")
+TABLES = Path("reports/tables")
 EVALUATION_PICTURES = Path("reports/evaluation")
+REPORT_PAGE = Path("reports/report.html")
+MODEL_CARD = Path("reports/model_card.md")
+
+# Relative to the main repository: what must outlive a killed process and a temporary copy.
+CHECKPOINTS = Path(".dvc/tmp/checkpoints")
+TUNING_SEARCHES = Path(".dvc/tmp/tuning")
+TUNING_FEATURES = Path(".dvc/tmp/features")
 
 SPLITS = ("train", "val", "test")
 UNUSED = "unused"

@@ -17,10 +17,10 @@ import pandas as pd
 from catdog import paths
 from catdog.archives import MemberError, open_archive, read_member
 from catdog.errors import CatdogError
+from catdog.evaluation_plots import plot_gallery
 from catdog.features import FeatureSet, open_features
-from catdog.files import read_json, write_text
+from catdog.files import read_json, read_manifest, write_text
 from catdog.images import decode
-from catdog.plots import plot_gallery
 from catdog.runtime import prepare_keras
 
 SUSPECTS = Path("reports/suspects.csv")
@@ -267,7 +267,7 @@ def _load(root: Path, seed: int) -> tuple[pd.DataFrame, npt.NDArray[np.float32],
         if not (root / path).exists():
             raise CatdogError(f"{path} does not exist, and an audit needs it; run `dvc repro` first")
     classes: list[str] = read_json(root / paths.DATA_REPORT)["classes"]
-    manifest = pd.read_csv(root / paths.MANIFEST, dtype={"path": str, "label": str}, keep_default_na=False)
+    manifest = read_manifest(root / paths.MANIFEST)
     rows, features = [], []
     for split in paths.SPLITS:
         embedded = sorted((root / paths.FEATURES).glob(f"{split}-*.features.npy"))

@@ -4,6 +4,8 @@ A stage is one process, so nothing in memory links the stages of a pipeline run.
 parent run by a tag, the pipeline's key: baseline revision and name of a DVC experiment, or, for a plain
 `dvc repro`, a hash of the parameters, dvc.yaml and the code.
 
+A store that cannot be used stops a stage before it works, unless `tracking.required` is false.
+
 MLflow is imported late: it takes seconds, and `catdog --help` or a mistake in params.yaml need not wait.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import csv
 import errno
 import gc
 import hashlib
@@ -22,12 +25,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -49,6 +54,13 @@ PLACE_TAG = "pipeline.place"
 AWAITS_TRACK_TAG = "pipeline.awaits_track"
 CACHED_TAG = "pipeline.cached_from"
 PARENT_TAG = "mlflow.parentRunId"
+ELSEWHERE = "not in this store"
+"""What `CACHED_TAG` says of work that was done in another copy of the repository, or without MLflow."""
+
+BETWEEN_STAGES = "SCHEDULED"
+"""The status of a parent run while none of its stages runs, but more may follow."""
+
+SECONDS_TO_ANSWER = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,11 +77,18 @@ STAGES: Mapping[str, StageFiles] = {
     "preprocess": StageFiles(paths.PREPROCESS_REPORT),
     "embed": StageFiles(paths.FEATURES_INFO, (paths.AUGMENTATION,)),
     "train": StageFiles(paths.TRAIN_REPORT, (paths.HISTORY, paths.LEARNING_CURVES)),
-    "evaluate": StageFiles(paths.METRICS, (paths.PREDICTIONS, paths.ROC, paths.EVALUATION_PICTURES)),
+    "evaluate": StageFiles(
+        paths.METRICS,
+        (paths.PREDICTIONS, paths.TABLES, paths.EVALUATION_PICTURES, paths.REPORT_PAGE, paths.MODEL_CARD),
+    ),
 }
 """The stages that `track` completes, in the pipeline's order."""
 
 LAST_STAGE = "evaluate"
+
+
+class StoreError(CatdogError):
+    """The tracking store cannot be used."""
 
 
 @dataclass
@@ -79,31 +98,56 @@ class StageRun:
     name: str
     params: Params
     root: Path
-    client: MlflowClient
-    run_id: str
+    store_required: bool = True
+    client: MlflowClient | None = None  # None: the store cannot be used, and the stage works without it
+    run_id: str = ""
+    parent_id: str = ""
+
+    def record(self, write: Callable[[MlflowClient], object]) -> None:
+        """Calls `write` where there is a store.
+
+        One that fails stops the stage; with `tracking.required: false` that is told instead, and the rest of the
+        stage works without it.
+        """
+        if self.client is not None:
+            with self.store_may_fail():
+                write(self.client)
+
+    @contextlib.contextmanager
+    def store_may_fail(self) -> Iterator[None]:
+        """Gives the store up when the block cannot use it, where the stage may do without; else raises StoreError."""
+        try:
+            yield
+        except Exception as error:
+            if not _is_store_error(error):
+                raise
+            told = _describe_store_error(error)
+            if self.store_required:
+                raise StoreError(f"{told}, or set tracking.required to false to work without it") from error
+            self.client = None
+            print(f"catdog {self.name}: {told}; working without MLflow", file=sys.stderr)
 
     def measure(self, values: Mapping[str, float]) -> None:
         """Logs what differs from run to run (rates, times): MLflow only, never in a stage's output."""
-        _log(self.client, self.run_id, metrics=values)
+        self.record(lambda client: _log(client, self.run_id, metrics=values))
 
     def note(self, values: Mapping[str, str]) -> None:
         """Logs facts about this very run as tags (device, engine)."""
-        for name, value in values.items():
-            self.client.set_tag(self.run_id, name, value)
+        self.record(lambda client: _log(client, self.run_id, tags=values))
 
     def log_curves(self, table: Any) -> None:
-        """Logs a data frame with a column `epoch`: each other column is a metric with a value an epoch."""
-        from mlflow.entities import Metric
+        """Logs the training's history, a data frame with the columns epoch and CURVES."""
+        self.record(lambda client: _log_curves(client, self.run_id, table.to_dict("records")))
 
-        now = int(time.time() * 1000)
-        points = [
-            Metric(str(name), float(row[name]), now, int(row["epoch"]))
-            for row in table.to_dict("records")
-            for name in table.columns
-            if name != "epoch"
-        ]
-        for start in range(0, len(points), 1000):  # MLflow takes a thousand at a time
-            self.client.log_batch(self.run_id, metrics=points[start : start + 1000])
+    def log_model(self, model: Path) -> None:
+        """Logs a .keras file as an MLflow model that `mlflow models serve` can start."""
+
+        def write(client: MlflowClient) -> None:
+            from catdog.serving import log_served_model
+
+            log_served_model(self.run_id, model)
+
+        self.record(write)
 
     def finish(self, report: Mapping[str, Any], summary: str) -> None:
         """Writes the stage's report file, logs it with the stage's artifacts, and tells the user in a line.
@@ -112,7 +156,7 @@ class StageRun:
         """
         files = STAGES[self.name]
         write_json(files.report, report)
-        _log_stage_files(self.client, self.run_id, self.name)
+        self.record(lambda client: _log_stage_files(client, self.run_id, self.name))
         print(f"{self.name}: {summary}", flush=True)
 
 
@@ -120,45 +164,43 @@ class StageRun:
 def stage(name: str) -> Iterator[StageRun]:
     """Runs the body of a stage script as a child run in MLflow.
 
-    A CatdogError ends the process with its sentence on standard error and exit code 2, and a full disk
-    likewise; both mark the run FAILED, as every other exception does. SIGTERM marks it KILLED.
+    A CatdogError ends the process with its sentence on standard error and exit code 2, and a full disk or a
+    tracking store that cannot be used likewise; all mark the run FAILED, as every other exception does. SIGTERM
+    marks it KILLED.
     """
     signal.signal(signal.SIGTERM, _raise_terminated)
     atexit.register(gc.freeze)  # nothing is left to collect in a process that ends
     started = time.monotonic()
+    mistake: CatdogError | None = None
     try:
         root = paths.repository_root()
         params, mistake = _try_load_params()
-        with _stage_run(name, params, root) as (client, run_id):
+        with _stage_run(name, params, root) as run:
             if mistake is not None:
                 raise mistake
-            assert params is not None
-            run = StageRun(name, params, root, client, run_id)
             yield run
             seconds = time.monotonic() - started
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # Linux counts in kB
             run.measure({"seconds": round(seconds, 2), "peak_memory_mb": round(peak, 1)})
-        if name == LAST_STAGE:
+        if name == LAST_STAGE or (name in STAGES and nothing_follows(name)):
             # DVC skips `track` where everything came out as dvc.lock says, as in a fresh clone: then this was all.
-            complete_parent(run)
-            parent_id = client.get_run(run_id).data.tags[PARENT_TAG]
-            client.set_tag(parent_id, AWAITS_TRACK_TAG, "true")
+            run.record(lambda client: _complete_before_track(client, run))
     except CatdogError as error:
-        _stop(name, str(error))
+        # A mistake in params.yaml is what to mend first, even where the store cannot be used either.
+        _stop(name, str(mistake or error))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            place = error.filename or "the disk"
-            _stop(name, f"no space left for {place}; free some (`dvc gc --workspace`) and run again")
-        raise
-    except Exception as error:
-        if not _is_store_error(error):
+        if error.errno not in _DISK_IS_FULL:
             raise
-        cause = " ".join(str(error).split())[:200]
-        _stop(
-            name,
-            f"the tracking store {os.environ.get('MLFLOW_TRACKING_URI') or 'mlflow.db'} failed ({cause}); check that "
-            "it can be reached and that its disk is not full",
-        )
+        place = error.filename or "the disk"
+        _stop(name, f"no space left for {place}; free some (`dvc gc --workspace`) and run again")
+
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _complete_before_track(client: MlflowClient, run: StageRun) -> None:
+    complete_parent(run)
+    client.set_tag(run.parent_id, AWAITS_TRACK_TAG, "true")
 
 
 def _stop(name: str, sentence: str) -> NoReturn:
@@ -168,7 +210,28 @@ def _stop(name: str, sentence: str) -> NoReturn:
 
 def _is_store_error(error: Exception) -> bool:
     """Says whether MLflow, or the database or server under it, failed; MLflow is imported late, hence by name."""
-    return type(error).__module__.partition(".")[0] in ("mlflow", "sqlalchemy", "sqlite3", "requests")
+    names = ("mlflow", "sqlalchemy", "sqlite3", "requests")
+    return isinstance(error, StoreError) or type(error).__module__.partition(".")[0] in names
+
+
+def _describe_store_error(error: Exception) -> str:
+    """One sentence: which store, what happened, what to do."""
+    if isinstance(error, StoreError):
+        return str(error)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or ""
+    cause = " ".join(str(error).split())[:200]
+    if password := urlsplit(uri).password:
+        cause = cause.replace(password, "***")
+    return (
+        f"the tracking store {public_address(uri) or 'mlflow.db'} failed ({cause}); check that it can be reached and "
+        "that its disk is not full"
+    )
+
+
+def public_address(uri: str) -> str:
+    """Returns a store's address without user name and password, fit to be shown."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.netloc else uri
 
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
@@ -184,69 +247,172 @@ def _try_load_params() -> tuple[Params | None, CatdogError | None]:
 
 
 @contextlib.contextmanager
-def _stage_run(name: str, params: Params | None, root: Path) -> Iterator[tuple[MlflowClient, str]]:
-    client = connect(root)
-    parent = _find_or_create_parent(client, root, params, name)
-    tags = {PARENT_TAG: parent.info.run_id, STAGE_TAG: name, **_context_tags()}
-    run_id = client.create_run(parent.info.experiment_id, tags=tags, run_name=name).info.run_id
+def _stage_run(name: str, params: Params | None, root: Path) -> Iterator[StageRun]:
+    # Without parameters the block only raises what is wrong with them.
+    run = StageRun(name, cast("Params", params), root, store_required=params is None or params.tracking.required)
+    with run.store_may_fail():
+        client = connect(root)
+        parent = _find_or_create_parent(client, root, params, name)
+        run.parent_id = parent.info.run_id
+        tags = {PARENT_TAG: run.parent_id, STAGE_TAG: name, **_context_tags()}
+        run.run_id = client.create_run(parent.info.experiment_id, tags=tags, run_name=name).info.run_id
+        run.client = client
     status = "FAILED"
     try:
         if params is not None:
-            _log(client, run_id, params=_stage_params(name, params))
-        yield client, run_id
+            run.record(lambda client: _log(client, run.run_id, params=_stage_params(name, params)))
+        yield run
         status = "FINISHED"
     except (SystemExit, KeyboardInterrupt):
         status = "KILLED"
         raise
     except BaseException as error:
-        with contextlib.suppress(Exception):
-            client.set_tag(run_id, "error", str(error)[:5000])
+        if run.client is not None:
+            with contextlib.suppress(Exception):
+                run.client.set_tag(run.run_id, "error", str(error)[:5000])
         raise
     finally:
         if status == "FINISHED":
-            client.set_terminated(run_id, status)
-        else:
+            run.record(lambda client: _end_stage(client, run))
+        elif run.client is not None:
             # The error under way tells more than one about a store that cannot be written either.
             with contextlib.suppress(Exception):
-                client.set_terminated(run_id, status)
-                client.set_terminated(parent.info.run_id, status)
+                run.client.set_terminated(run.run_id, status)
+                run.client.set_terminated(run.parent_id, status)
+
+
+def _end_stage(client: MlflowClient, run: StageRun) -> None:
+    client.set_terminated(run.run_id, "FINISHED")
+    if run.name in STAGES:
+        # Nobody knows whether DVC will start another stage: `dvc repro train` will not.
+        client.update_run(run.parent_id, status=BETWEEN_STAGES)
 
 
 def connect(root: Path) -> MlflowClient:
-    """Opens the tracking store: MLFLOW_TRACKING_URI where the user set it, else mlflow.db and mlruns/ in `root`."""
+    """Opens the tracking store: MLFLOW_TRACKING_URI where the user set it, else mlflow.db and mlruns/ in `root`.
+
+    Raises:
+        StoreError: it does not answer within seconds, or cannot be opened.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow's own seven retries keep silent for minutes when a server does not answer.
+    # MLflow's own limits, seven retries of two minutes, keep silent for a quarter of an hour when a server hangs.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    # It prints the trace of an error that it raises as well.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    # They print the trace of an error that is raised as well, and a line for each retry.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     with quick_imports():
         from filelock import FileLock
         from mlflow import MlflowClient, set_tracking_uri
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    local = not uri
-    uri = uri or f"sqlite:///{root / 'mlflow.db'}"
+    uri = store_uri(root)
     set_tracking_uri(uri)
     lock = _store_lock(uri, root)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes that create the database at once, which the client's constructor does, fail in its migration.
-    with FileLock(lock), quick_imports():
-        client = MlflowClient(tracking_uri=uri)
-        if client.get_experiment_by_name(experiment_name()) is None:
-            # Without a location of its own, MLflow fixes the artifacts' place from the working directory.
-            location = (root / "mlruns").as_uri() if local else None
-            client.create_experiment(experiment_name(), artifact_location=location)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        # Two processes that create the database at once, which the client's constructor does, fail in its migration.
+        with FileLock(lock), quick_imports():
+            _require_answer(uri)
+            client = MlflowClient(tracking_uri=uri)
+            _require_experiment(client, _artifact_location(uri, root))
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in _DISK_IS_FULL
+        if full or not (isinstance(error, OSError | ImportError) or _is_store_error(error)):
+            raise
+        cause = _first_cause(error)
+        if password := urlsplit(uri).password:
+            cause = cause.replace(password, "***")
+        if uri.startswith("sqlite:"):
+            advice = "check the path, and that the file is a store of this version of MLflow on a disk that is not full"
+        else:
+            advice = "check that it can be reached"
+        raise StoreError(f"the tracking store {public_address(uri)} failed ({cause}); {advice}") from None
     return client
 
 
+def store_uri(root: Path) -> str:
+    """Returns the address of the tracking store: MLFLOW_TRACKING_URI, or the database mlflow.db in `root`.
+
+    A relative path of a database starts at `root`, as in the copies of the repository in which DVC works for
+    `dvc exp run --temp` and the queue, and which it deletes.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    database = uri.removeprefix("sqlite:///")
+    return f"sqlite:///{root / database}" if database != uri else uri
+
+
 def _store_lock(uri: str, root: Path) -> Path:
-    """The file that keeps others from creating the same store: beside a database that the user named."""
-    named = uri.removeprefix("sqlite:///")
-    if named != uri and Path(named) != root / "mlflow.db":
-        return Path(f"{named}.lock")
-    return root / ".dvc" / "tmp" / "mlflow.lock"
+    """The file that keeps others on this machine from creating the same store."""
+    if uri == f"sqlite:///{root / 'mlflow.db'}":
+        return root / ".dvc" / "tmp" / "mlflow.lock"
+    if uri.startswith("sqlite:///"):
+        return Path(f"{uri.removeprefix('sqlite:///')}.lock")
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"catdog-{os.getuid()}" / f"{name}.lock"
+
+
+def _artifact_location(uri: str, root: Path) -> str | None:
+    """Where the files of a new experiment go; None: its server knows.
+
+    MLflow itself would fix the place from the working directory, which may be a copy that DVC deletes.
+    """
+    if uri.startswith("sqlite:///"):
+        return (Path(uri.removeprefix("sqlite:///")).parent / "mlruns").as_uri()
+    return (root / "mlruns").as_uri() if uri.startswith(tuple(_DATABASE_PORTS)) else None
+
+
+_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+def _require_answer(uri: str) -> None:
+    """Raises what went wrong at the first attempt: MLflow itself tries again for minutes before it says a word."""
+    from mlflow.store.db.utils import create_sqlalchemy_engine
+    from mlflow.tracking._tracking_service.utils import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    parts = urlsplit(uri)
+    kind = parts.scheme.partition("+")[0]
+    if kind in ("http", "https"):
+        answer = http_request(
+            get_default_host_creds(uri),
+            "/health",
+            "GET",
+            timeout=SECONDS_TO_ANSWER,
+            max_retries=0,
+            raise_on_status=False,
+        )
+        if answer.status_code >= 500:
+            raise StoreError(f"it answers {answer.status_code} {answer.reason}")
+    if kind in _DATABASE_PORTS and parts.hostname:
+        # Database drivers wait for minutes for a machine that drops what it gets.
+        address = (parts.hostname, parts.port or _DATABASE_PORTS[kind])
+        socket.create_connection(address, timeout=SECONDS_TO_ANSWER).close()
+    if kind in _DATABASE_PORTS or kind == "sqlite":
+        engine = create_sqlalchemy_engine(uri)
+        engine.connect().close()
+        engine.dispose()
+
+
+def _require_experiment(client: MlflowClient, location: str | None) -> None:
+    from mlflow.exceptions import MlflowException
+
+    if client.get_experiment_by_name(experiment_name()) is not None:
+        return
+    try:
+        client.create_experiment(experiment_name(), artifact_location=location)
+    except MlflowException:
+        # A pipeline on another machine may have been faster.
+        if client.get_experiment_by_name(experiment_name()) is None:
+            raise
+
+
+def _first_cause(error: BaseException) -> str:
+    """What the innermost error says: those around it name the same address again and again."""
+    while (inner := error.__cause__ or error.__context__) and not isinstance(inner, LookupError):
+        error = inner
+    return " ".join(str(error).split())[:200]
 
 
 def experiment_name() -> str:
@@ -279,7 +445,8 @@ def pipeline_place(root: Path) -> str:
 def _find_or_create_parent(client: MlflowClient, root: Path, params: Params | None, stage_name: str) -> Run:
     """Returns the parent run of this pipeline run.
 
-    One that is RUNNING, FAILED or KILLED is taken up again; one that FINISHED belongs to an earlier
+    One that did not finish is taken up again, whether it waits for its next stage, failed or was killed; one that
+    FINISHED belongs to an earlier
     pipeline run with the same parameters, so this one gets its own. Only `track` takes up one that ended with
     the last stage before it.
     """
@@ -298,12 +465,12 @@ def _find_or_create_parent(client: MlflowClient, root: Path, params: Params | No
     if parent is None:
         place = pipeline_place(root)
         if "DVC_EXP_NAME" not in os.environ:
-            # DVC lets one repro work in a place at a time: one that is still RUNNING there was cut off, or
-            # the code was edited under it, which changes its key.
-            for stale in client.search_runs(
-                [experiment.experiment_id], f"tags.`{PLACE_TAG}` = '{place}' and attributes.status = 'RUNNING'"
-            ):
-                client.set_terminated(stale.info.run_id, "KILLED")
+            # DVC lets one repro work in a place at a time: one that goes on there was cut off, or the code was
+            # edited under it, which changes its key.
+            for status in ("RUNNING", BETWEEN_STAGES):
+                going_on = f"tags.`{PLACE_TAG}` = '{place}' and attributes.status = '{status}'"
+                for stale in client.search_runs([experiment.experiment_id], going_on):
+                    client.set_terminated(stale.info.run_id, "KILLED")
         tags = {KEY_TAG: key, **_context_tags()}
         if "DVC_EXP_NAME" not in os.environ:
             tags[PLACE_TAG] = place
@@ -351,16 +518,31 @@ def _log(
     *,
     params: Mapping[str, str] | None = None,
     metrics: Mapping[str, float] | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> None:
-    """Logs parameters and metrics in one call."""
-    from mlflow.entities import Metric, Param
+    """Logs parameters, metrics and tags in one call."""
+    from mlflow.entities import Metric, Param, RunTag
 
     now = int(time.time() * 1000)
     client.log_batch(
         run_id,
         metrics=[Metric(name, float(value), now, 0) for name, value in (metrics or {}).items()],
         params=[Param(name, value[:6000]) for name, value in (params or {}).items()],
+        tags=[RunTag(name, value) for name, value in (tags or {}).items()],
     )
+
+
+CURVES = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
+"""The columns of the training's history, each a metric with a value an epoch."""
+
+
+def _log_curves(client: MlflowClient, run_id: str, rows: Iterable[Mapping[str, Any]], prefix: str = "") -> None:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    points = [Metric(prefix + name, float(row[name]), now, int(float(row["epoch"]))) for row in rows for name in CURVES]
+    for start in range(0, len(points), 1000):  # MLflow takes a thousand at a time
+        client.log_batch(run_id, metrics=points[start : start + 1000])
 
 
 def flatten_report(report: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, float], dict[str, str]]:
@@ -401,10 +583,10 @@ def _log_stage_files(client: MlflowClient, run_id: str, name: str) -> None:
 
 def log_data_hash(run: StageRun, data: Path) -> None:
     """Names the data of a stage's run by the hash under which DVC keeps it (MLflow's "dataset" column)."""
-    _log_data_hash(run, run.run_id, data)
+    run.record(lambda client: _log_data_hash(client, run, run.run_id, data))
 
 
-def _log_data_hash(run: StageRun, run_id: str, data: Path) -> None:
+def _log_data_hash(client: MlflowClient, run: StageRun, run_id: str, data: Path) -> None:
     from mlflow.data.dataset_source_registry import get_dataset_source_from_json
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
@@ -415,7 +597,7 @@ def _log_data_hash(run: StageRun, run_id: str, data: Path) -> None:
     source = get_dataset_source_from_json(json.dumps({"uri": data.as_posix()}), "local")
     dataset = MetaDataset(source, name=run.params.dataset[-200:], digest=out[:36])
     entity = dataset._to_mlflow_entity()
-    run.client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", run.name)])])
+    client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", run.name)])])
 
 
 def _locked_stages(lock: Path) -> dict[str, Any]:
@@ -443,6 +625,66 @@ def stage_hashes(lock: Path = Path("dvc.lock")) -> dict[str, str]:
     }
 
 
+def nothing_follows(name: str) -> bool:
+    """Says whether DVC will skip all that comes after a stage that has just done its work.
+
+    So it is where outputs had been lost, from DVC's cache too, and came out as before.
+    """
+    locked = _locked_stages(Path("dvc.lock")).get("track", {}).get("deps", [])
+    params = [dep["md5"] for dep in locked if dep["path"] == paths.PARAMS.as_posix()]
+    # Asking DVC takes a second; these settle the matter in most runs.
+    if params != [dvc_hash(paths.PARAMS)] or not all(Path(path).exists() for path in dvc_outs()):
+        return False
+    with quick_imports():
+        from dvc.repo import Repo
+    with Repo() as repo:
+        # Not by `dvc status`: that waits for the DVC which runs this stage.
+        return not any(_is_changed(other, done=other.name == name) for other in repo.index.stages)
+
+
+def _is_changed(stage: Any, *, done: bool) -> bool:
+    """Says whether DVC would run a stage (dvc.stage.Stage); one that is `done` has outputs that are not cached yet."""
+    found = [dep.workspace_status() for dep in stage.deps]
+    found += [out.workspace_status() if done else out.status() for out in stage.outs]
+    return stage.cmd_changed or any(found)
+
+
+def dvc_hash(path: Path) -> str:
+    """Returns the hash by which dvc.lock names a file (its MD5) or a folder (the MD5 of a list of its files)."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest()
+    # As .dvcignore has it, the interpreter's files do not count.
+    files = {file.relative_to(path): file for file in path.rglob("*") if file.is_file() and file.suffix != ".pyc"}
+    listing = [{"md5": dvc_hash(files[name]), "relpath": name.as_posix()} for name in sorted(files, key=Path.as_posix)]
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def track(run: StageRun) -> None:
+    """Completes the parent run, as `complete_parent`, and tells what of this pipeline run is not in MLflow."""
+    run.record(lambda client: _track(client, run))
+    if run.client is None:
+        print(
+            "track: this run is not in MLflow, or not all of it; its numbers, pictures and model are in reports/ and "
+            "models/, and `dvc repro --single-item --force track` records them when the store can be reached, but for "
+            "times, rates and curves",
+            flush=True,
+        )
+
+
+def _track(client: MlflowClient, run: StageRun) -> None:
+    name = complete_parent(run)
+    parent = client.get_run(run.parent_id)
+    unmeasured = client.search_runs(
+        [parent.info.experiment_id],
+        f"tags.`{PARENT_TAG}` = '{run.parent_id}' and tags.`{CACHED_TAG}` = '{ELSEWHERE}'",
+        order_by=["attributes.start_time ASC"],
+    )
+    stages = ", ".join(child.data.tags[STAGE_TAG] for child in unmeasured)
+    lacking = f", without times and curves of {stages}, done elsewhere or without MLflow" if stages else ""
+    print(f"track: run {name!r} is complete{lacking}; compare runs with `mlflow ui`", flush=True)
+
+
 def complete_parent(run: StageRun) -> str:
     """Makes the parent run complete, ends it, and returns its name.
 
@@ -452,7 +694,8 @@ def complete_parent(run: StageRun) -> str:
     runs table compares parents.
     """
     client = run.client
-    parent = client.get_run(client.get_run(run.run_id).data.tags[PARENT_TAG])
+    assert client is not None
+    parent = client.get_run(run.parent_id)
     parent_id, experiment_id = parent.info.run_id, parent.info.experiment_id
     # Newest last, so that a stage's latest attempt wins.
     children = client.search_runs(
@@ -470,18 +713,22 @@ def complete_parent(run: StageRun) -> str:
         if name in done and CACHED_TAG not in done[name].data.tags:
             client.set_tag(done[name].info.run_id, LOCK_TAG, hashes.get(name, ""))
         elif name not in done:
-            done[name] = _replay(run, name, parent_id, experiment_id, hashes.get(name, ""))
+            done[name] = _replay(client, run, name, parent_id, experiment_id, hashes.get(name, ""))
     metrics: dict[str, float] = {}
     for name, child in done.items():
         values = client.get_run(child.info.run_id).data.metrics
         # The test metrics keep their plain names; they are what people compare.
         plain = set(flatten_report(read_json(STAGES[name].report))[0]) if name == "evaluate" else set()
         metrics |= {key if key in plain else f"{name}.{key}": value for key, value in values.items()}
-    _log(client, parent_id, metrics=metrics)
-    _log_data_hash(run, parent_id, paths.RAW)
+    curves = {f"train.{name}" for name in CURVES}
+    _log(client, parent_id, metrics={name: value for name, value in metrics.items() if name not in curves})
+    if not curves & parent.data.metrics.keys():
+        with paths.HISTORY.open(encoding="utf-8", newline="") as file:
+            _log_curves(client, parent_id, csv.DictReader(file), prefix="train.")
+    _log_data_hash(client, run, parent_id, paths.RAW)
     for path, digest in dvc_outs().items():
         client.set_tag(parent_id, f"dvc.out.{path}", digest)
-    for file in (paths.LEARNING_CURVES, paths.METRICS):
+    for file in (paths.LEARNING_CURVES, paths.METRICS, paths.REPORT_PAGE, paths.MODEL_CARD):
         client.log_artifact(parent_id, str(file))
     client.log_artifacts(parent_id, str(paths.EVALUATION_PICTURES), artifact_path=paths.EVALUATION_PICTURES.name)
     client.set_tag(parent_id, AWAITS_TRACK_TAG, "false")
@@ -489,9 +736,8 @@ def complete_parent(run: StageRun) -> str:
     return str(parent.info.run_name)
 
 
-def _replay(run: StageRun, name: str, parent_id: str, experiment_id: str, stage_hash: str) -> Run:
+def _replay(client: MlflowClient, run: StageRun, name: str, parent_id: str, experiment_id: str, stage_hash: str) -> Run:
     """Creates the child run of a stage that DVC did not have to run."""
-    client = run.client
     originals = client.search_runs(
         [experiment_id],
         f"tags.`{LOCK_TAG}` = '{stage_hash}' and tags.`{STAGE_TAG}` = '{name}'",
@@ -502,7 +748,7 @@ def _replay(run: StageRun, name: str, parent_id: str, experiment_id: str, stage_
     tags = {
         PARENT_TAG: parent_id,
         STAGE_TAG: name,
-        CACHED_TAG: original.info.run_id if original else "not in this store",
+        CACHED_TAG: original.info.run_id if original else ELSEWHERE,
         **_context_tags(),
     }
     child = client.create_run(experiment_id, tags=tags, run_name=f"{name} (cached)")

@@ -145,6 +145,12 @@ def fit_head(
     return result.history
 
 
+def apply_head(head: keras.Model, features: FeatureSet) -> npt.NDArray[np.float32]:
+    """Returns the head's logits for every image as it is, float32 [images, 1 or classes], in order."""
+    chunks = (shard[start : start + 1024] for shard in features.shards for start in range(0, len(shard), 1024))
+    return np.concatenate([np.asarray(head(np.asarray(chunk), training=False), np.float32) for chunk in chunks])
+
+
 def fit(
     model: keras.Model,
     batches_from: Callable[[int], Any],
