@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+import gto  # noqa: F401  # imported after TensorFlow it closes the standard error that pytest captures
 import numpy as np
 import psutil
 import pytest

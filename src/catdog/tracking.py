@@ -723,8 +723,8 @@ def complete_parent(run: StageRun) -> str:
     curves = {f"train.{name}" for name in CURVES}
     _log(client, parent_id, metrics={name: value for name, value in metrics.items() if name not in curves})
     if not curves & parent.data.metrics.keys():
-        with paths.HISTORY.open(encoding="utf-8", newline="") as file:
-            _log_curves(client, parent_id, csv.DictReader(file), prefix="train.")
+        with paths.HISTORY.open(encoding="utf-8", newline="") as history:
+            _log_curves(client, parent_id, csv.DictReader(history), prefix="train.")
     _log_data_hash(client, run, parent_id, paths.RAW)
     for path, digest in dvc_outs().items():
         client.set_tag(parent_id, f"dvc.out.{path}", digest)
