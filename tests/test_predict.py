@@ -1,12 +1,10 @@
 """Classifying new pictures: the very numbers of the evaluation, every file accounted for, and Kaggle's format."""
 
-import base64
 import contextlib
 import csv
+import io
 import json
 import os
-import tarfile
-import types
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,6 @@ from pathlib import Path
 import cv2
 import keras
 import numpy as np
-import pandas as pd
 import pytest
 
 from catdog import paths, predict
@@ -22,41 +19,37 @@ from catdog.archives import MemberError
 from catdog.backbones import build_backbone, get_backbone
 from catdog.config import TrainParams
 from catdog.errors import CatdogError
-from catdog.evaluation import predict_classes, prediction_table
+from catdog.evaluation import LabelledPredictions, prediction_table
+from catdog.gradcam import build_gradcam, overlay
 from catdog.images import encode_jpeg
 from catdog.inference import choose_engine, compile_forward
-from catdog.model import ModelInfo, assemble, build_head, class_probabilities, load_model, save_model
+from catdog.inputs import ImageFile, UnreadableError, find_images
+from catdog.model import ModelInfo, assemble, build_head, class_probabilities, load_model, predict_classes, save_model
 from catdog.predict import (
     Classifier,
-    ImageFile,
     Predictions,
     classify,
-    find_images,
-    find_unlabelled,
     format_predictions,
     format_submission,
     kaggle_ids,
     most_probable,
+    name_heat_maps,
     run_predict,
 )
 from catdog.records import ImageRow, RecordReader, Shard, encode_record, write_shard
 from catdog.sample import write_sample
 from catdog.weights import load_weights
+from test_gradcam import small_model
+from test_inputs import CAT, data_set, fill, pack, picture
 
 # Keras' own way of saving variables, under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
-SIZE = 16
-CAT, DOG = (20, 20, 230), (230, 20, 20)  # RGB; to the model of the tests a cat is blue and a dog is red
+SIZE = 16  # to the model of the tests a cat is blue and a dog is red
 
 
-def picture(colour=DOG, suffix=".png") -> bytes:
-    pixels = np.full((20, 30, 3), colour, np.uint8)
-    return cv2.imencode(suffix, pixels[..., ::-1])[1].tobytes()
-
-
-def model_of(classes, path: Path) -> Path:
+def model_of(classes, path: Path, *, threshold=0.5) -> Path:
     """A model that compares a picture's mean red and blue, and green where there is a third class."""
     pixels = keras.Input((SIZE, SIZE, 3))
     means = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(pixels))
@@ -66,7 +59,7 @@ def model_of(classes, path: Path) -> Path:
         output, kernel = keras.layers.Dense(3, "softmax", use_bias=False), [[0, 4, 0], [0, 0, 4], [4, 0, 0]]
     model = keras.Model(pixels, output(means))
     output.set_weights([np.array(kernel, np.float32)])
-    save_model(model, ModelInfo(tuple(classes), SIZE, "stretch", 95, "tiny", "random", "avg"), path)
+    save_model(model, ModelInfo(tuple(classes), SIZE, "stretch", 95, "tiny", "random", "avg", threshold), path)
     return path
 
 
@@ -91,21 +84,6 @@ def archives():
         yield stack
 
 
-def fill(folder: Path, files) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def pack(path: Path, files) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path
-
-
 # One path from bytes to probabilities
 
 
@@ -127,7 +105,8 @@ def test_probabilities_are_those_of_the_evaluation(tmp_path, archives, engine):
     saved, _ = load_model(tmp_path / "model.keras")
     reader = RecordReader([tmp_path / shard.name], 5)
     evaluated = class_probabilities(compile_forward(saved, choose_engine("auto"))(reader))
-    table = prediction_table(reader.paths, reader.labels, evaluated, names, 0.5)
+    judged = LabelledPredictions(tuple(reader.paths), reader.labels, evaluated, tuple(names), 0.5)
+    table = prediction_table(judged)
 
     files, _ = find_images([tmp_path / "raw.zip"], archives)
     found = classify(Classifier(tmp_path / "model.keras", engine=engine), files)
@@ -140,128 +119,27 @@ def test_probabilities_are_those_of_the_evaluation(tmp_path, archives, engine):
     assert [float(row["probability"]) for row in rows] == pytest.approx(table["confidence"].tolist(), abs=1e-5)
 
 
-def test_served_model_gives_the_same(model, classifier):
-    from mlflow.exceptions import MlflowException
-
-    from catdog.serving import ServedModel
-
-    files = [ImageFile(str(n), partial(picture, colour)) for n, colour in enumerate([CAT, DOG, (99, 1, 120)])]
-    expected = classify(classifier, files)
-    served = ServedModel()
-    served.load_context(types.SimpleNamespace(artifacts={"model": str(model)}))
-    encoded = [base64.b64encode(file.read()).decode() for file in files]
-    table = served.predict(None, pd.DataFrame({"image": encoded}))
-    assert table["label"].tolist() == ["cat", "dog", "cat"]
-    assert table[["p_cat", "p_dog"]].to_numpy() == pytest.approx(expected.probabilities, abs=1e-6)
-    assert served.predict(None, pd.DataFrame({"image": []})).columns.tolist() == table.columns.tolist()
-    with pytest.raises(MlflowException, match=r"image 1: not an image; send the base64"):
-        served.predict(None, pd.DataFrame({"image": [encoded[0], base64.b64encode(b"text").decode()]}))
-
-
-def test_equal_chances_go_where_the_evaluation_puts_them():
-    chances = np.array([[0.5, 0.5], [0.6, 0.4], [0.4, 0.6]], np.float32)
-    assert most_probable(chances).tolist() == predict_classes(chances, 0.5).tolist() == [1, 0, 1]
-    assert most_probable(np.array([[0.3, 0.3, 0.4], [0.4, 0.2, 0.4]], np.float32)).tolist() == [2, 0]
+def test_a_model_decides_by_its_own_threshold(tmp_path, capsys):
+    fill(tmp_path, {"1.jpg": picture((130, 20, 20))})  # 86 % dog
+    found = {}
+    for threshold in (0.8, 0.9):
+        path = model_of(["cat", "dog"], tmp_path / "model.keras", threshold=threshold)
+        assert run_predict([tmp_path / "1.jpg"], model=path, layout="csv") == 0
+        found[threshold] = capsys.readouterr().out.splitlines()[1].split(",")[1:]
+    assert found[0.8][0] == "dog"
+    assert found[0.9][0] == "cat"
+    # The probability is that of the label, also where the other is more probable.
+    assert float(found[0.8][1]) + float(found[0.9][1]) == pytest.approx(1, abs=2e-6)
+    assert float(found[0.9][1]) < 0.2
+    # The model's threshold is 0.9 now.
+    for threshold, label in ((0.8, "dog"), (0.95, "cat"), (0.0, "dog"), (1.0, "cat")):
+        assert run_predict([tmp_path / "1.jpg"], model=path, layout="csv", threshold=threshold) == 0
+        assert capsys.readouterr().out.splitlines()[1].split(",")[1] == label
 
 
-# Finding the files
-
-
-def test_folders_are_searched_sorted_and_without_hidden_files(tmp_path, archives):
-    names = ["b/2.JPG", "b/10.png", "b/Ä ö/1.jpeg", "a.webp", ".hidden.jpg", ".cache/x.jpg", "__MACOSX/y.jpg"]
-    fill(tmp_path, dict.fromkeys([*names, "notes.txt", "b/table.csv"], b"x"))
-    files, others = find_images([tmp_path], archives)
-    kept = ["a.webp", "b/10.png", "b/2.JPG", "b/Ä ö/1.jpeg"]
-    assert [file.name for file in files] == [f"{tmp_path}/{name}" for name in kept]
-    assert others == [f"{tmp_path}/b/table.csv", f"{tmp_path}/notes.txt"]
-
-
-def test_hidden_folder_that_is_named_itself_is_searched(tmp_path, archives):
-    fill(tmp_path / ".photos", {"1.jpg": b"x"})
-    files, _ = find_images([tmp_path / ".photos"], archives)
-    assert [Path(file.name).name for file in files] == ["1.jpg"]
-
-
-def test_inputs_keep_their_order_and_a_named_file_needs_no_ending(tmp_path, archives):
-    fill(tmp_path, {"z": b"1", "a/2.jpg": b"2", "a/1.jpg": b"3"})
-    files, others = find_images([tmp_path / "z", tmp_path / "a"], archives)
-    assert [file.read() for file in files] == [b"1", b"3", b"2"]
-    assert others == []
-
-
-def test_archive_members_are_listed_like_a_folders_files(tmp_path, archives):
-    members = {"p/b.jpg": b"2", "p/a.png": b"1", "__MACOSX/p/._a.png": b"0", "p/.DS_Store": b"0", "readme.txt": b"0"}
-    path = pack(tmp_path / "photos.zip", members)
-    files, others = find_images([path], archives)
-    assert [(file.name, file.read()) for file in files] == [(f"{path}/p/a.png", b"1"), (f"{path}/p/b.jpg", b"2")]
-    assert others == [f"{path}/readme.txt"]
-
-
-def test_archive_is_known_by_its_content(tmp_path, archives):
-    path = pack(tmp_path / "photos.archive", {"a.jpg": b"1"})
-    with_tail = tmp_path / "picture.png"  # an archive behind a picture's end is not looked at
-    with_tail.write_bytes(picture() + path.read_bytes())
-    files, _ = find_images([path, with_tail], archives)
-    assert [file.name for file in files] == [f"{path}/a.jpg", str(with_tail)]
-
-
-def test_links_are_followed_but_not_in_circles(tmp_path, archives):
-    fill(tmp_path / "elsewhere", {"1.jpg": b"1"})
-    fill(tmp_path / "here", {"0.jpg": b"0"})
-    (tmp_path / "here/link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "here/up").symlink_to(tmp_path / "here")
-    files, _ = find_images([tmp_path / "here"], archives)
-    assert [file.read() for file in files] == [b"0", b"1"]
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("absent", "absent does not exist; give image files, folders or zip archives"),
-        ("empty", "there are no images in .*empty; give image files, or folders"),
-        ("text.zip", "there are no images in .*text.zip"),
-        ("damaged.zip", "damaged.zip .*archive"),
-        ("damaged", "damaged .*archive"),
-        ("page.zip", "page.zip .*archive"),
-    ],
-)
-def test_nothing_to_classify_is_told(tmp_path, archives, name, told):
-    (tmp_path / "empty").mkdir()
-    pack(tmp_path / "text.zip", {"a.txt": b"x"})
-    damaged = dict.fromkeys(["damaged.zip", "damaged"], b"PK\x03\x04 and then nothing")
-    fill(tmp_path, damaged | {"page.zip": b"<html>404</html>"})
-    with pytest.raises(CatdogError, match=told) as caught:
-        find_images([tmp_path / name], archives)
-    assert "\n" not in str(caught.value)
-
-
-def data_set(root: Path, members, unlabelled) -> Path:
-    pack(root / paths.RAW, members)
-    rows = [f"{name},{len(members.get(name, b''))}\n" for name in unlabelled]
-    (root / paths.UNLABELLED).write_text("path,bytes\n" + "".join(rows), encoding="utf-8")
-    return root
-
-
-def test_unlabelled_images_are_read_from_the_raw_archive(tmp_path, archives):
-    data_set(tmp_path, {"train/cat.1.jpg": b"1", "test1/2.jpg": b"2", "test1/10, ü.jpg": b"10"}, ["test1/2.jpg"])
-    assert [(file.name, file.read()) for file in find_unlabelled(tmp_path, archives)] == [("test1/2.jpg", b"2")]
-
-
-@pytest.mark.parametrize(
-    ("missing", "unlabelled", "told"),
-    [
-        (paths.UNLABELLED, ["a.jpg"], r"unlabelled\.csv does not exist; run `dvc repro` first, or give the paths"),
-        (paths.RAW, ["a.jpg"], r"raw\.zip does not exist; run `dvc repro` first"),
-        (None, [], "no images without a label; give the paths"),
-        (None, ["b.jpg"], r"unlabelled\.csv lists 'b.jpg', which data/raw\.zip does not hold; run `dvc repro`"),
-    ],
-)
-def test_data_set_without_unlabelled_images_is_told(tmp_path, archives, missing, unlabelled, told):
-    data_set(tmp_path, {"a.jpg": b"1"}, unlabelled)
-    if missing:
-        (tmp_path / missing).unlink()
-    with pytest.raises(CatdogError, match=told):
-        find_unlabelled(tmp_path, archives)
+def test_equal_chances_go_to_the_second_of_two_and_to_the_first_of_more():
+    assert predict_classes(np.array([[0.5, 0.5], [0.6, 0.4]], np.float32), 0.5).tolist() == [1, 0]
+    assert predict_classes(np.array([[0.3, 0.3, 0.4], [0.4, 0.2, 0.4]], np.float32), 0.5).tolist() == [2, 0]
 
 
 # Classifying them
@@ -288,13 +166,14 @@ BAD = {
     "empty": (b"", "empty file (0 bytes)"),
     "text": (b"no picture", "not an image"),
     "denied": (PermissionError(13, "Permission denied"), "cannot be read: Permission denied"),
+    "web": (UnreadableError("the server answers 404 Not Found"), "the server answers 404 Not Found"),
     "checksum": (MemberError("damaged in the archive: Bad CRC-32"), "damaged in the archive: Bad CRC-32"),
 }
 
 
 def test_unreadable_files_are_told_and_stop_nothing(classifier):
     files = shades(20)
-    for position, (name, (content, _)) in zip([0, 3, 8, 12], BAD.items(), strict=True):
+    for position, (name, (content, _)) in zip([0, 3, 8, 12, 13], BAD.items(), strict=True):
         read = partial(fails, content) if isinstance(content, Exception) else partial(bytes, content)
         files.insert(position, ImageFile(name, read))
     found = classify(classifier, files)
@@ -338,22 +217,13 @@ def test_damaged_member_of_an_archive_is_told(tmp_path, archives, classifier):
     assert reason.startswith("damaged in the archive: Bad CRC-32")
 
 
-def test_member_that_unpacks_beyond_any_picture_is_not_read(tmp_path, monkeypatch, classifier):
-    monkeypatch.setattr(predict, "_MAX_MEMBER_BYTES", 10_000)
-    path = tmp_path / "photos.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.png", picture())
-        archive.writestr("b.png", bytes(10_001))
-    with contextlib.ExitStack() as archives:
-        found = classify(classifier, find_images([path], archives)[0])
-    assert found.names == [f"{path}/a.png"]
-    assert found.unreadable == [(f"{path}/b.png", "10,001 bytes are more than the limit of 10,000")]
-
-
 # What is printed and written
 
 PREDICTIONS = Predictions(
-    ["a/1.jpg", "a/x, y.jpg"], np.array([[0.9, 0.1], [0.1234567, 0.8765433]], np.float32), [("b.jpg", "not an image")]
+    ["a/1.jpg", "a/x, y.jpg"],
+    np.array([[0.9, 0.1], [0.1234567, 0.8765433]], np.float32),
+    np.array([0, 1]),
+    [("b.jpg", "not an image")],
 )
 
 
@@ -377,12 +247,28 @@ def test_jsonl_has_an_object_a_line():
 
 
 def test_table_is_aligned_and_names_cannot_steer_the_terminal():
-    evil = Predictions([*PREDICTIONS.names, "\x1b[2Ja\nb"], np.eye(3, dtype=np.float32)[:, :3], [])
+    evil = Predictions([*PREDICTIONS.names, "\x1b[2Ja\nb"], np.eye(3, dtype=np.float32), np.arange(3), [])
     assert format_predictions(evil, ["cat", "dog", "x"], "table", each_class=True) == (
         "path         label  probability   p_cat   p_dog     p_x\n"
         "a/1.jpg      cat         1.0000  1.0000  0.0000  0.0000\n"
         "a/x, y.jpg   dog         1.0000  0.0000  1.0000  0.0000\n"
         "\\x1b[2Ja\\nb  x           1.0000  0.0000  0.0000  1.0000\n"
+    )
+
+
+def test_the_most_probable_classes_are_told_in_their_order():
+    chances = np.array([[0.2, 0.5, 0.3], [0.4, 0.2, 0.4]], np.float32)
+    assert most_probable(chances, 2).tolist() == [[1, 2], [0, 2]]
+    found = Predictions(["1.jpg", "2.jpg"], chances, np.array([0, 2]), [])
+    assert format_predictions(found, ["cat", "dog", "fox"], "csv", top=2).splitlines() == [
+        "path,label,probability,label_1,probability_1,label_2,probability_2",
+        "1.jpg,cat,0.2,dog,0.5,fox,0.3",
+        "2.jpg,fox,0.4,cat,0.4,fox,0.4",
+    ]
+    assert format_predictions(found, ["cat", "dog", "fox"], "table", top=1, each_class=True) == (
+        "path   label  probability  label_1  probability_1   p_cat   p_dog   p_fox\n"
+        "1.jpg  cat         0.2000  dog             0.5000  0.2000  0.5000  0.3000\n"
+        "2.jpg  fox         0.4000  cat             0.4000  0.4000  0.2000  0.4000\n"
     )
 
 
@@ -407,7 +293,10 @@ def test_names_that_are_no_ids_are_told(names, told):
 
 def test_submission_is_sorted_by_number_and_dog_is_one():
     predictions = Predictions(
-        ["10.jpg", "9.jpg", "100.jpg"], np.array([[0.2, 0.8], [0.9999999, 1e-7], [0.5, 0.5]], np.float32), []
+        ["10.jpg", "9.jpg", "100.jpg"],
+        np.array([[0.2, 0.8], [0.9999999, 1e-7], [0.5, 0.5]], np.float32),
+        np.array([1, 0, 1]),
+        [],
     )
     ids = kaggle_ids(predictions.names)
     assert format_submission(predictions, ids) == "id,label\n9,0\n10,1\n100,1\n"
@@ -519,6 +408,98 @@ def test_submission_that_cannot_be_written_is_told(tmp_path, model, submission, 
         run_predict([tmp_path / "1.png"], model=model, submission=tmp_path / submission, layout=layout)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"top": 4}, r"--top 4 asks for more classes than there are: .*three\.keras knows 3: cat, dog, fox"),
+        (
+            {"threshold": 0.5},
+            r"--threshold tells two classes apart, but .*three\.keras knows 3: cat, dog, fox; leave it",
+        ),
+        ({"submission": Path("s.csv"), "top": 2}, "--top 2 is for predictions that are printed; leave it out with"),
+    ],
+)
+def test_options_that_do_not_suit_the_model_are_told_before_anything_is_loaded(tmp_path, monkeypatch, options, told):
+    path = model_of(("cat", "dog", "fox"), tmp_path / "three.keras")
+    monkeypatch.setattr(predict, "prepare_keras", lambda seed: pytest.fail("TensorFlow was started"))
+    fill(tmp_path, {"1.png": picture()})
+    with pytest.raises(CatdogError, match=told):
+        run_predict([tmp_path / "1.png"], model=path, **options)
+
+
+def test_standard_input_of_the_process_is_read(tmp_path, model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(picture(CAT))))
+    assert run_predict(["-"], model=model, layout="csv") == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("standard input,cat,")
+
+
+# Heat maps
+
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory) -> Path:
+    """A model with a convolution that Grad-CAM can look into."""
+    path = tmp_path_factory.mktemp("explained") / "small.keras"
+    save_model(*small_model(), path)
+    return path
+
+
+def patterns(count: int) -> dict[str, bytes]:
+    """Pictures of coloured noise."""
+    noise = np.random.default_rng(3).integers(0, 256, (count, 16, 16, 3)).astype(np.uint8)
+    return {f"{number:03d}.png": cv2.imencode(".png", pixels)[1].tobytes() for number, pixels in enumerate(noise)}
+
+
+def test_heat_maps_are_those_of_the_label_and_change_no_prediction(tmp_path, explained, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "_EXPLAINED_TOGETHER", 4)
+    folder = fill(tmp_path / "photos", {**patterns(9), "005.png": b"text"})
+    arguments = {"model": explained, "layout": "csv", "probabilities": True}
+    assert run_predict([folder], **arguments) == 1
+    plain = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    middle = float(np.median([float(row["p_b"]) for row in plain]))  # so that there are both labels
+    assert run_predict([folder], **arguments, threshold=middle, gradcam=tmp_path / "heat") == 1
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    files = [Path(row.pop("gradcam")) for row in rows]
+    assert [file.relative_to(tmp_path) for file in files] == [
+        Path(f"heat/{number:03d}.png") for number in range(9) if number != 5
+    ]
+    assert sorted((tmp_path / "heat").iterdir()) == files
+    for row, before in zip(rows, plain, strict=True):
+        assert row["path"] == before["path"]
+        assert float(row["p_a"]) == pytest.approx(float(before["p_a"]), abs=2e-6)
+    assert {row["label"] for row in rows} == {"a", "b"}
+    known = Classifier(explained, engine="keras")
+    explain = build_gradcam(known.model, known.info)
+    for row, file in zip(rows, files, strict=True):
+        pixels = known.pixels(Path(row["path"]).read_bytes())
+        heat = explain(pixels[np.newaxis], np.array(["ab".index(row["label"])]))[0]
+        shown = cv2.imread(str(file), cv2.IMREAD_COLOR_RGB).astype(int)
+        assert np.abs(shown - overlay(pixels, heat)).max() <= 1
+
+
+def test_heat_maps_have_names_of_their_own(tmp_path):
+    names = ["a/1.jpg", "b/1.png", "c/1-2.jpg", "a.png", "A.png", "x.zip/sub dir/é:1.jpg", "https://x.org/1.jpg?a=b"]
+    names += [".png/..", "standard input", "1" * 300]
+    found = [path.name for path in name_heat_maps(names, tmp_path)]
+    expected = ["1.png", "1-2.png", "1-2-2.png", "a.png", "A-2.png", "é_1.png", "1-3.png"]
+    assert found[:7] == expected
+    assert len({name.casefold() for name in found}) == len(names)
+    assert all(len(name) <= 104 and not name.startswith(".") and "/" not in name for name in found)
+
+
+def test_heat_maps_are_never_written_over_anything(tmp_path, explained, monkeypatch):
+    monkeypatch.setattr(predict, "prepare_keras", lambda seed: pytest.fail("TensorFlow was started"))
+    fill(tmp_path, {"1.png": picture(), "heat/1.png": b"older"})
+    with pytest.raises(CatdogError, match=r"--gradcam: .*heat/1\.png exists already; remove it or give another folder"):
+        run_predict([tmp_path / "1.png"], model=explained, gradcam=tmp_path / "heat")
+    with pytest.raises(CatdogError, match=r"1\.png/heat cannot be written: .*; give another place"):
+        run_predict([tmp_path / "1.png"], model=explained, gradcam=tmp_path / "1.png" / "heat")
+    assert (tmp_path / "heat/1.png").read_bytes() == b"older"
+
+
+# The model
+
+
 def test_model_that_is_absent_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "prepare_keras", lambda seed: pytest.fail("TensorFlow was started"))
     fill(tmp_path, {"1.png": picture()})
@@ -540,13 +521,3 @@ def test_pixels_are_those_of_the_models_own_settings(tmp_path):
     assert {pixels.shape for pixels in found.values()} == {(SIZE, SIZE, 3)}
     assert len({pixels.tobytes() for pixels in found.values()}) == 6
     assert found["pad", 95][:, 0].max() < 30  # black bars beside a picture that is twice as high as wide
-
-
-def test_address_and_tar_are_told_what_to_do(tmp_path):
-    with contextlib.ExitStack() as archives:
-        with pytest.raises(CatdogError, match="is an address; download the file"):
-            find_images([Path("https://example.org/1.jpg")], archives)
-        with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
-            archive.add(__file__, "1.jpg")
-        with pytest.raises(CatdogError, match="is a tar archive; unpack it"):
-            find_images([tmp_path / "x.tar.gz"], archives)

@@ -1,0 +1,213 @@
+"""One path from a file to its label: every way to ask the model sees the same ten awkward pictures and agrees.
+
+To add a way, write a function with the signature of `Ask` and put it into WAYS.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import types
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from catdog.app import classify_bytes
+from catdog.evaluation import LabelledPredictions
+from catdog.inference import choose_engine, compile_forward
+from catdog.model import ModelInfo, class_probabilities, load_model, save_model
+from catdog.predict import Classifier, run_predict
+from catdog.records import ImageRow, RecordReader, Shard, encode_record, write_shard
+from catdog.serving import ServedModel
+from test_gradcam import small_model
+
+# Keras' own way of saving variables, under NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+Answers = tuple[list[str], np.ndarray]
+"""The labels of the pictures, and the probabilities of the classes, [pictures, classes]."""
+
+Ask = Callable[[Path, dict[str, bytes], Path], Answers]
+"""Asks a model file about pictures, which are files by their names, in sorted order; has an empty folder to work in."""
+
+
+# The pictures
+
+
+def drawing(width: int = 96, height: int = 64) -> Image.Image:
+    """Every corner, edge and shade is different, so that nothing can be turned, cut or recoloured unseen."""
+    across, down = np.linspace(0, 255, width), np.linspace(0, 255, height)[:, np.newaxis]
+    channels = [across + 0 * down, 0 * across + down, 255 * ((across / 37 + down / 61) % 2 < 1)]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def file_of(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned to the right by a quarter
+    return file_of(drawing(), "JPEG", quality=95, exif=exif)
+
+
+def see_through() -> bytes:
+    image = drawing().convert("RGBA")
+    image.putalpha(drawing().convert("L"))
+    return file_of(image, "PNG")
+
+
+def sixteen_bits() -> bytes:
+    grey = np.asarray(drawing().convert("L")).astype(np.uint16)
+    return file_of(Image.fromarray(grey * 200), "PNG")  # up to 51,000 of 65,535
+
+
+def cut_off() -> bytes:
+    whole = file_of(drawing(400, 300), "JPEG", quality=95)
+    return whole[: len(whole) * 6 // 10]
+
+
+PICTURES = {
+    "alpha.png": see_through(),
+    "cmyk.jpg": file_of(drawing().convert("CMYK"), "JPEG", quality=95),
+    "exif.jpg": turned(),
+    "grey.jpg": file_of(drawing().convert("L"), "JPEG", quality=95),
+    "huge.jpg": file_of(drawing(5000, 3000), "JPEG", quality=60),
+    "narrow.png": file_of(drawing(700, 20), "PNG"),
+    "palette.png": file_of(drawing().quantize(17), "PNG"),
+    "sixteen-bit.png": sixteen_bits(),
+    "tiny.png": file_of(Image.new("RGB", (1, 1), (10, 200, 90)), "PNG"),
+    "truncated.jpg": cut_off(),
+}
+
+
+# The ways
+
+
+def by_evaluate(path: Path, pictures: dict[str, bytes], folder: Path) -> Answers:
+    """The stages preprocess and evaluate: through a TFRecord shard."""
+    model, info = load_model(path)
+    settings = {"size": info.image_size, "mode": info.resize, "quality": info.jpeg_quality, "max_pixels": 80e6}
+    with zipfile.ZipFile(folder / "raw.zip", "w") as archive:
+        for name, data in pictures.items():
+            archive.writestr(name, data)
+    with zipfile.ZipFile(folder / "raw.zip") as archive:
+        encode = partial(encode_record, archive=archive, classes=info.class_names, **settings)
+        shard = Shard("test-00000-of-00001.tfrecord", "test", tuple(ImageRow(name, 0) for name in pictures))
+        write_shard(shard, folder, encode)
+    reader = RecordReader([folder / shard.name], 4)
+    probabilities = class_probabilities(compile_forward(model, choose_engine("auto"))(reader))
+    assert reader.paths == list(pictures)
+    judged = LabelledPredictions(tuple(reader.paths), reader.labels, probabilities, info.class_names, info.threshold)
+    return [info.class_names[number] for number in judged.predicted], probabilities
+
+
+def by_predict(path: Path, pictures: dict[str, bytes], folder: Path) -> Answers:
+    """The command `catdog predict` on a folder."""
+    for name, data in pictures.items():
+        (folder / name).write_bytes(data)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run_predict([folder], model=path, layout="jsonl", probabilities=True) == 0
+    rows = [json.loads(line) for line in printed.getvalue().splitlines()]
+    assert [Path(row["path"]).name for row in rows] == list(pictures)
+    return [row["label"] for row in rows], np.array([[row[k] for k in row if k.startswith("p_")] for row in rows])
+
+
+def by_plain_keras(path: Path, pictures: dict[str, bytes], folder: Path) -> Answers:
+    """The model file in the hands of someone who has Keras, and pixels by `Classifier.pixels`."""
+    classifier = Classifier(path, engine="keras")
+    model, _ = load_model(path)
+    pixels = np.stack([classifier.pixels(data) for data in pictures.values()])
+    probabilities = class_probabilities(model.predict(pixels.astype("float32"), verbose=0))
+    return [classifier.info.class_names[number] for number in classifier.labels(probabilities)], probabilities
+
+
+def by_rest(path: Path, pictures: dict[str, bytes], folder: Path) -> Answers:
+    """The model that the REST server answers with."""
+    served = ServedModel()
+    served.load_context(types.SimpleNamespace(artifacts={"model": str(path)}))
+    images = [base64.b64encode(data).decode() for data in pictures.values()]
+    table = served.predict(None, pd.DataFrame({"image": images}))
+    return table["label"].tolist(), table.filter(regex="^p_").to_numpy()
+
+
+def by_page(path: Path, pictures: dict[str, bytes], folder: Path) -> Answers:
+    """What the page of `catdog app` shows."""
+    classifier = Classifier(path)
+    answers = [classify_bytes(classifier, data) for data in pictures.values()]
+    return [answer.label for answer in answers], np.stack([answer.probabilities for answer in answers])
+
+
+WAYS: dict[str, Ask] = {
+    "predict": by_predict,
+    "plain Keras": by_plain_keras,
+    "REST": by_rest,
+    "page": by_page,
+}
+"""Each is compared with `by_evaluate`."""
+
+
+# Do they agree?
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and what the evaluation says of the pictures."""
+
+    path: Path
+    info: ModelInfo
+    labels: list[str]
+    probabilities: np.ndarray
+
+
+@pytest.fixture(scope="module", params=[("stretch", 2), ("pad", 2), ("crop", 3)], ids=["stretch", "pad", "three"])
+def subject(request, tmp_path_factory) -> Subject:
+    """Two classes (a sigmoid and a threshold of its own), and three (a softmax)."""
+    mode, classes = request.param
+    folder = tmp_path_factory.mktemp("subject")
+    model, info = small_model(pooling="flatten", classes=classes, scale=4)
+    info = replace(info, resize=mode)
+    save_model(model, info, folder / "model.keras")
+    _, probabilities = by_evaluate(folder / "model.keras", PICTURES, folder)
+    # In the middle of two pictures, so that either label occurs and rounding decides about none.
+    middle = np.sort(probabilities[:, 1])[4:6]
+    info = replace(info, threshold=float(middle.mean()))
+    assert classes > 2 or np.diff(middle) > 2e-4
+    save_model(model, info, folder / "model.keras")
+    return Subject(folder / "model.keras", info, *by_evaluate(folder / "model.keras", PICTURES, folder))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_labels_and_probabilities_of_the_evaluation(subject, tmp_path, way):
+    labels, probabilities = WAYS[way](subject.path, PICTURES, tmp_path)
+    assert dict(zip(PICTURES, labels, strict=True)) == dict(zip(PICTURES, subject.labels, strict=True))
+    assert probabilities == pytest.approx(subject.probabilities, abs=1e-4)
+
+
+def test_the_pictures_tell_ways_apart(subject):
+    """Pictures are far apart, both labels occur, and a careless reader of the files would be found out."""
+    assert len(PICTURES) == 10
+    assert len(set(subject.labels)) == 2 or len(subject.info.class_names) == 3
+    chances = np.sort(subject.probabilities[:, 1])
+    assert np.diff(chances).min() > 2e-4
+    side = subject.info.image_size
+    careless = np.zeros((10, side, side, 3), np.uint8)
+    for position, data in enumerate(PICTURES.values()):
+        # As stored, not as meant: neither turned, nor on white, nor averaged; of what ends early, nothing.
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        if pixels is not None and pixels.size:
+            careless[position] = cv2.resize(pixels, (side, side))
+    found = Classifier(subject.path, engine="keras").probabilities([careless])
+    differs = np.abs(found - subject.probabilities).max(axis=1) > 1e-3
+    names = {name for name, differ in zip(PICTURES, differs, strict=True) if differ}
+    assert {"alpha.png", "exif.jpg", "huge.jpg", "narrow.png", "truncated.jpg"} <= names
