@@ -23,7 +23,7 @@ ui: setup  ## compare the runs in MLflow's pages
 	catdog ui
 
 test: setup  ## run the tests
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 3 --dist loadfile
 
 lint: setup
 	ruff check src stages tests benchmarks

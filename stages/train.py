@@ -65,7 +65,7 @@ def main() -> None:
                 tuned = _fine_tune(run, model, info, train, val, checkpoints)
             history = join_histories(head_history, tuned.history if tuned else None)
             write_text(paths.HISTORY, history.round(6).to_csv(index=False))
-            run.log_curves(history)
+            run.log_curves(history.round(6))
             best = best_epoch(history if tuned and tuned.improved else history.head(len(head_history)))
             plot_learning_curves(history, int(best["epoch"]), paths.LEARNING_CURVES)
 

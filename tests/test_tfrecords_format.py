@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from catdog import paths
-from catdog.config import validate_params
+from catdog.config import load_params, validate_params
 from catdog.files import read_json, write_json
 from catdog.images import model_pixels
 from catdog.records import RecordReader, shard_paths, verify_shards
@@ -29,7 +29,6 @@ PAGE = ROOT / "docs/tfrecords.md"
 CLASSES = ["Ä hörnchen", "cat", "dog 猫"]
 COUNTS = {"train": 41, "val": 7, "test": 12, paths.UNUSED: 5}
 SIZE = 40
-BLOCKS = ("download", "split", "preprocess", "embed", "train", "evaluate", "augment", "fine_tune", "runtime")
 STORED = {"image_size": SIZE, "resize": "crop", "jpeg_quality": 90, "shard_megabytes": 0.012}
 
 
@@ -43,7 +42,7 @@ def picture(seed: int) -> bytes:
 def run_preprocess() -> dict:
     """Runs the stage's script in the working directory, but for what it tells MLflow; returns its report."""
     found = {}
-    params = validate_params({"preprocess": STORED} | {name: {} for name in BLOCKS if name != "preprocess"})
+    params = validate_params(load_params(ROOT / "params.yaml").model_dump() | {"preprocess": STORED})
 
     def finish(report, summary):
         write_json(STAGES["preprocess"].report, report)
