@@ -10,8 +10,9 @@ import pytest
 from mlflow import MlflowClient
 
 from catdog import cli
+from catdog.bootstrap import holm
 from catdog.compared_runs import parse_predictions, read_runs
-from catdog.comparison import ComparedRun, compare, format_markdown, format_text, holm, verdict_sentences
+from catdog.comparison import ComparedRun, compare, format_markdown, format_text, verdict_sentences
 from catdog.errors import CatdogError
 from catdog.evaluation import LabelledPredictions, prediction_table
 from conftest import REPOSITORY, Project

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from catdog import paths
-from catdog.bootstrap import intervals, mcnemar, paired_differences
+from catdog.bootstrap import holm, intervals, mcnemar, paired_differences
 from catdog.errors import CatdogError
 from catdog.evaluation import LabelledPredictions
 
@@ -133,25 +133,6 @@ def compare(runs: Sequence[ComparedRun], *, resamples: int = RESAMPLES, seed: in
         ),
         notes=tuple(note for run in runs for note in run.notes),
     )
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Corrects p-values for their number, so that one in twenty such families has any below 0.05 by chance.
-
-    The step-down method of Holm (1979), "A simple sequentially rejective multiple test procedure".
-
-    Args:
-        p_values: 0..1, of the tests of one family.
-
-    Returns:
-        The corrected ones, 0..1, in the same order.
-    """
-    corrected = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = largest
-    return corrected
 
 
 @dataclass(frozen=True)

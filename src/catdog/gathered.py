@@ -72,32 +72,16 @@ def fit_gathered(
     Raises:
         CatdogError: the loss became infinite, no number, or far larger than it was.
     """
-    import keras
     import tensorflow as tf
 
-    from catdog.optimization import build_accuracy, build_loss, build_optimizer, encode_targets, image_weights
-    from catdog.training import FitPlan, fit
+    from catdog.optimization import encode_targets, image_weights
+    from catdog.training import FitPlan, compile_head, fit
 
     assert not params.mixup, "mixup is made in Python, by fit_head"
     count, size = len(data.train_labels), params.batch_size
     outputs = head.output_shape[-1]
     steps = math.ceil(count / size)
-    optimizer = build_optimizer(
-        params,
-        learning_rate=params.learning_rate,
-        schedule=params.schedule,
-        warmup=params.warmup,
-        epochs=params.epochs,
-        steps_per_epoch=steps,
-    )
-    trainee = keras.Model(head.input, head.output)
-    trainee.compile(
-        optimizer=optimizer,
-        loss=build_loss(params, outputs),
-        metrics=[build_accuracy(outputs)],
-        jit_compile=False,
-        steps_per_execution=steps,
-    )
+    trainee = compile_head(head, params, images=count, steps_per_execution=steps)
     with tf.device("CPU"):
         targets = tf.convert_to_tensor(encode_targets(data.train_labels, outputs, params.label_smoothing))
         weights = tf.convert_to_tensor(image_weights(data.train_labels, params))

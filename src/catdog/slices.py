@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from catdog.bootstrap import holm
 from catdog.errors import CatdogError
 from catdog.images import Pixels
 from catdog.paths import MANIFEST
@@ -151,10 +152,8 @@ def find_weak(
     tested = np.flatnonzero((images >= LEAST_IMAGES) & (images < all_images))
     # At least so many errors, were this slice drawn from all images blindly.
     chance = hypergeom.sf(errors[tested] - 1, all_images, all_errors, images[tested])
-    order = np.argsort(chance, kind="stable")
-    corrected = np.maximum.accumulate(chance[order] * np.arange(len(tested), 0, -1))
     weak = np.zeros(len(images), bool)
-    weak[tested[order[corrected < _SIGNIFICANCE]]] = True
+    weak[tested] = np.asarray(holm(chance.tolist())) < _SIGNIFICANCE
     return weak
 
 

@@ -112,28 +112,9 @@ def fit_head(
     Raises:
         CatdogError: the loss became infinite, no number, or far larger than it was.
     """
-    import keras
-
     outputs = head.output_shape[-1]
-    steps = math.ceil(len(train.labels) / params.batch_size)
-    optimizer = build_optimizer(
-        params,
-        learning_rate=params.learning_rate,
-        schedule=params.schedule,
-        warmup=params.warmup,
-        epochs=params.epochs,
-        steps_per_epoch=steps,
-    )
-    # A model around the same layers: the head itself stays free of the optimizer, which would be saved with it.
-    trainee = keras.Model(head.input, head.output)
-    # XLA compiles for longer than such a head trains; several steps a call leave less time to calling.
-    trainee.compile(
-        optimizer=optimizer,
-        loss=build_loss(params, outputs),
-        metrics=[build_accuracy(outputs)],
-        jit_compile=False,
-        steps_per_execution=8,
-    )
+    # Several steps a call leave less time to calling.
+    trainee = compile_head(head, params, images=len(train.labels), steps_per_execution=8)
     plan = FitPlan("head", "train", params, len(train.labels), outputs)
     result = fit(
         trainee,
@@ -143,6 +124,39 @@ def fit_head(
         checkpoints or Checkpoints(None),
     )
     return result.history
+
+
+def compile_head(head: keras.Model, params: TrainParams, *, images: int, steps_per_execution: int) -> keras.Model:
+    """Returns a compiled model around the head's layers; the head itself stays free of the optimizer.
+
+    The optimizer would be saved with it. XLA compiles for longer than such a head trains, hence without.
+
+    Args:
+        head: from `model.build_head`.
+        params: optimizer, schedule, loss, batch size and epochs.
+        images: training images an epoch.
+        steps_per_execution: of the optimizer, a call.
+    """
+    import keras
+
+    outputs = head.output_shape[-1]
+    optimizer = build_optimizer(
+        params,
+        learning_rate=params.learning_rate,
+        schedule=params.schedule,
+        warmup=params.warmup,
+        epochs=params.epochs,
+        steps_per_epoch=math.ceil(images / params.batch_size),
+    )
+    trainee = keras.Model(head.input, head.output)
+    trainee.compile(
+        optimizer=optimizer,
+        loss=build_loss(params, outputs),
+        metrics=[build_accuracy(outputs)],
+        jit_compile=False,
+        steps_per_execution=steps_per_execution,
+    )
+    return trainee
 
 
 def apply_head(head: keras.Model, features: FeatureSet) -> npt.NDArray[np.float32]:
