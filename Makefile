@@ -47,8 +47,8 @@ $(READY): $(LOCK) pyproject.toml
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# What the tests use beside the pipeline: the web page, a tracking server's database, clients of single data sources.
-EXTRAS := --extra app --extra drive --extra kaggle --extra postgres --extra s3 --extra tfds
+# What the tests use beside the pipeline: the web page, exports, a cluster, a tracking server's database, clients of single data sources.
+EXTRAS := --extra app --extra drive --extra kaggle --extra onnx --extra openvino --extra postgres --extra ray --extra s3 --extra tfds
 
 # Resolve anew within pyproject.toml's bounds. No index lines: a lock file must not name a registry's host.
 lock: setup
