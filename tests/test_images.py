@@ -130,6 +130,41 @@ def test_progressive_jpeg():
     assert close(decode(data), scene(), 3)
 
 
+SAVED = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "progressive": {"progressive": True},
+    "restart markers": {"restart_marker_blocks": 3},
+    "stored as RGB": {"keep_rgb": True},
+    "coarse": {"quality": 12},
+}
+
+
+GREY = ("progressive", "restart markers", "coarse")  # the others are choices about colour
+
+
+@pytest.mark.parametrize("shape", [(120, 160), (37, 53), (1, 9)], ids=str)
+@pytest.mark.parametrize(("colours", "kind"), [*(("RGB", kind) for kind in SAVED), *(("L", kind) for kind in GREY)])
+def test_plain_jpegs_are_decoded_by_the_fast_decoder_to_the_very_pixels_of_pillow(colours, kind, shape, monkeypatch):
+    data = saved(Image.fromarray(scene(*shape)).convert(colours), "JPEG", **{"quality": 90, **SAVED[kind]})
+    with monkeypatch.context() as patch:
+        patch.setattr("catdog.images._to_rgb", None)  # Pillow's way would fail
+        fast = decode_viewable(data)
+    with Image.open(io.BytesIO(data)) as image:
+        assert np.array_equal(fast.pixels, np.asarray(image.convert("RGB")))
+    assert (fast.format, fast.mode, fast.whole) == ("JPEG", colours, True)
+
+
+def test_damaged_jpeg_is_shown_as_pillow_shows_it_and_without_a_word_from_the_decoder(capfd):
+    data = bytearray(jpeg(scene()))
+    data[len(data) // 2 : len(data) // 2 + 20] = b"\x13" * 20
+    shown = decode(bytes(data))
+    with Image.open(io.BytesIO(bytes(data))) as image:
+        assert np.array_equal(shown, np.asarray(image.convert("RGB")))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF"])
 def test_greyscale_becomes_three_equal_channels(kind):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)

