@@ -26,7 +26,7 @@ from catdog.errors import CatdogError
 from catdog.files import write_text, written_aside
 from catdog.gradcam import build_gradcam, overlay
 from catdog.images import MAX_PIXELS, ImageError, Pixels, model_pixels
-from catdog.inference import Engine, choose_engine, compile_forward
+from catdog.inference import choose_engine, compile_forward
 from catdog.inputs import ImageFile, UnreadableError, find_images, find_unlabelled, readable
 from catdog.model import class_probabilities, load_model, predict_classes, read_info
 from catdog.model_reference import find_model
@@ -35,9 +35,7 @@ from catdog.runtime import prepare_keras
 
 Layout = Literal["table", "csv", "jsonl"]
 
-# By engine. OpenVINO runs several batches at once; what a small one computes stays in the processor's cache: two
-# pictures take a tenth less time each than eight (MobileNetV2, two AVX-512 cores).
-_BATCH_SIZES: dict[Engine, int] = {"openvino": 2, "keras": 8}
+_BATCH_SIZE = 8
 # Pictures decoded ahead of the forward pass: enough to bridge one slow file, few enough for any memory.
 _AHEAD = 32
 # Pictures classified and held in memory before their heat maps are drawn.
@@ -50,15 +48,14 @@ class Classifier:
     Attributes:
         info: what the model file says about itself.
         model: the Keras model.
-        batch_size: images a batch that suit the engine best.
+        batch_size: images a batch.
     """
 
     def __init__(self, path: Path, *, engine: Literal["auto", "openvino", "keras"] = "auto") -> None:
         """Loads a model file; raises CatdogError where it is no model of this pipeline or the engine cannot run."""
         self.model, self.info = load_model(path)
-        chosen = choose_engine(engine)
-        self.batch_size = _BATCH_SIZES[chosen]
-        self._forward = compile_forward(self.model, chosen, batch_size=self.batch_size)
+        self.batch_size = _BATCH_SIZE
+        self._forward = compile_forward(self.model, choose_engine(engine), batch_size=self.batch_size)
 
     def pixels(self, data: bytes, *, max_pixels: float = MAX_PIXELS) -> Pixels:
         """Turns a file's bytes into what the model sees, uint8 [size, size, 3]; raises ImageError."""
