@@ -34,12 +34,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 from urllib.parse import urlsplit
 
-import yaml
-
 from catdog import paths
 from catdog.config import Params, load_params
 from catdog.errors import CatdogError
-from catdog.files import read_json, write_json
+from catdog.files import read_json, read_yaml, write_json
 from catdog.startup import quick_imports
 
 if TYPE_CHECKING:
@@ -503,7 +501,7 @@ def _context_tags() -> dict[str, str]:
 
 def _stage_params(name: str, params: Params) -> dict[str, str]:
     """The parameters that dvc.yaml names for a stage, so that a child run shows what it depends on."""
-    pipeline = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))
+    pipeline = read_yaml(Path("dvc.yaml"))
     named = [entry for entry in pipeline["stages"][name].get("params", []) if isinstance(entry, str)]
     return {
         key: value
@@ -602,7 +600,7 @@ def _log_data_hash(client: MlflowClient, run: StageRun, run_id: str, data: Path)
 
 def _locked_stages(lock: Path) -> dict[str, Any]:
     """The stages' entries in dvc.lock, by name; none before the first run."""
-    content = yaml.safe_load(lock.read_text(encoding="utf-8")) if lock.exists() else None
+    content = read_yaml(lock) if lock.exists() else None
     stages: dict[str, Any] = (content or {}).get("stages", {})
     return stages
 
@@ -726,8 +724,7 @@ def complete_parent(run: StageRun) -> str:
         with paths.HISTORY.open(encoding="utf-8", newline="") as history:
             _log_curves(client, parent_id, csv.DictReader(history), prefix="train.")
     _log_data_hash(client, run, parent_id, paths.RAW)
-    for path, digest in dvc_outs().items():
-        client.set_tag(parent_id, f"dvc.out.{path}", digest)
+    _log(client, parent_id, tags={f"dvc.out.{path}": digest for path, digest in dvc_outs().items()})
     for file in (paths.LEARNING_CURVES, paths.METRICS, paths.REPORT_PAGE, paths.MODEL_CARD):
         client.log_artifact(parent_id, str(file))
     client.log_artifacts(parent_id, str(paths.EVALUATION_PICTURES), artifact_path=paths.EVALUATION_PICTURES.name)
