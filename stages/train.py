@@ -16,17 +16,21 @@ from catdog.checkpoints import Checkpoints, open_checkpoints, run_key
 from catdog.features import FeatureSet, open_features
 from catdog.files import read_json, write_text
 from catdog.fine_tuning import FineTuned, Images, fine_tune
+from catdog.gathered import fit_either_way, gather
 from catdog.inference import choose_engine, compile_forward
 from catdog.model import ModelInfo, assemble, build_head, logits_of, save_model, set_temperature
 from catdog.plots import plot_learning_curves
 from catdog.records import RecordReader, shard_paths, verify_shards
 from catdog.runtime import device_facts, distribution, full_precision, jit_compile, prepare_keras
 from catdog.tracking import StageRun, dvc_outs, log_data_hash, stage
-from catdog.training import apply_head, best_epoch, fit_head, join_histories
+from catdog.training import apply_head, best_epoch, join_histories
 from catdog.weights import load_all
 
 if TYPE_CHECKING:
     import keras
+
+IN_MEMORY_BYTES = 256e6
+"""Features of so many bytes are fitted from memory, twice as fast; more stay on the disk, so that memory stays flat."""
 
 
 def main() -> None:
@@ -57,7 +61,8 @@ def main() -> None:
                 load_all(networks, backbones, info.weights, pretrained_dir=paths.PRETRAINED, root=run.root)
                 head = build_head(train.size, len(info.class_names), params, seed)
                 started = time.monotonic()
-                head_history = fit_head(head, train, val, params, seed=seed, checkpoints=checkpoints)
+                gathered = gather(train, val, limit=IN_MEMORY_BYTES)
+                head_history = fit_either_way(head, train, val, gathered, params, seed=seed, checkpoints=checkpoints)
                 run.measure({"fit_seconds": round(time.monotonic() - started, 2)})
                 model = assemble(networks, backbones, head, info.image_size, info.pooling)
             tuned = None

@@ -419,14 +419,14 @@ def test_interrupted_search_ends_as_if_it_had_not_been(root, monkeypatch, capsys
     expected = search(root, method="hyperband", trials=6)
     shutil.rmtree(root / ".dvc")
     calls = iter(range(1, 100))
-    real = tuning.fit_gathered
+    real = tuning.fit_either_way
 
     def stopping(*arguments, **options):
         if next(calls) == 5:
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(tuning, "fit_gathered", stopping)
+    monkeypatch.setattr(tuning, "fit_either_way", stopping)
     with pytest.raises(KeyboardInterrupt):
         search(root, method="hyperband", trials=6)
     assert "stopped after 4 of 6 trials; the same command goes on there" in capsys.readouterr().err

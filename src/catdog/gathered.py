@@ -34,14 +34,20 @@ class Gathered:
     val_labels: npt.NDArray[np.int64]  # [images]
 
 
-def gather(train: FeatureSet, val: FeatureSet) -> Gathered | None:
-    """Takes both splits into memory; None where they do not fit, or Keras computes with another backend."""
+def gather(train: FeatureSet, val: FeatureSet, *, limit: float = math.inf) -> Gathered | None:
+    """Takes both splits into memory; None where they do not fit, or Keras computes with another backend.
+
+    Args:
+        train: features of the training split.
+        val: features of the validation split.
+        limit: bytes of features from which they stay on the disk, however large the memory is.
+    """
     import keras
 
     parts = [shard for shards in (train.shards, *train.copies) for shard in shards]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = sum(shard.nbytes for shard in (*parts, *val.shards))
-    if keras.backend.backend() != "tensorflow" or size > _SHARE_OF_MEMORY * memory:
+    if keras.backend.backend() != "tensorflow" or size > min(limit, _SHARE_OF_MEMORY * memory):
         return None
     import tensorflow as tf
 
@@ -50,6 +56,27 @@ def gather(train: FeatureSet, val: FeatureSet) -> Gathered | None:
         return Gathered(
             tf.convert_to_tensor(every_view), train.labels, train.views, tf.convert_to_tensor(judged), val.labels
         )
+
+
+def fit_either_way(
+    head: keras.Model,
+    train: FeatureSet,
+    val: FeatureSet,
+    gathered: Gathered | None,
+    params: TrainParams,
+    *,
+    seed: int,
+    checkpoints: Checkpoints,
+) -> pd.DataFrame:
+    """Fits a head on `gathered` where that can be, else on what it was gathered from; the weights are the same.
+
+    The arguments, the result and what is raised are those of `training.fit_head`.
+    """
+    if gathered is None or params.mixup:
+        from catdog.training import fit_head
+
+        return fit_head(head, train, val, params, seed=seed, checkpoints=checkpoints)
+    return fit_gathered(head, gathered, params, seed=seed, checkpoints=checkpoints)
 
 
 def fit_gathered(

@@ -37,7 +37,7 @@ from catdog.config import Params, TrainParams, TuneParams, load_params, parse_ra
 from catdog.errors import CatdogError
 from catdog.features import FeatureSet, open_features
 from catdog.files import read_json, write_json
-from catdog.gathered import Gathered, fit_gathered, gather
+from catdog.gathered import Gathered, fit_either_way, gather
 from catdog.tuning_features import SPLITS, check_weights, features_of, read_features_info, with_backbone
 from catdog.tuning_runs import SearchRuns
 
@@ -719,10 +719,6 @@ class _Data:
 
     def fit(self, head: keras.Model, params: TrainParams, seed: int, checkpoints: Checkpoints) -> pd.DataFrame:
         """Fits a head as `training.fit_head` does, and returns the same history."""
-        from catdog.training import fit_head
-
         # Its notices and its own progress bar would run into that of the search.
         with contextlib.redirect_stderr(io.StringIO()):
-            if self.gathered is None or params.mixup:
-                return fit_head(head, self.train, self.val, params, seed=seed, checkpoints=checkpoints)
-            return fit_gathered(head, self.gathered, params, seed=seed, checkpoints=checkpoints)
+            return fit_either_way(head, self.train, self.val, self.gathered, params, seed=seed, checkpoints=checkpoints)
