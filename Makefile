@@ -14,7 +14,7 @@ endif
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready-$(LOCK)
 
-.PHONY: repro ui test lint format setup lock clean
+.PHONY: repro ui test bench lint format setup lock clean
 
 repro: setup  ## run what changed of the pipeline
 	dvc repro
@@ -24,6 +24,12 @@ ui: setup  ## compare the runs in MLflow's pages
 
 test: setup  ## run the tests
 	python -m pytest -n 3 --dist loadfile
+
+bench: setup  ## measure time, memory and disk; PHOTOGRAPHS, COUNTS, SCALE, ROUNDS, ONLY ...: benchmarks/README.md
+	PYTHONPATH=src python -m benchmarks $(if $(PHOTOGRAPHS),--photographs $(PHOTOGRAPHS)) $(if $(COUNTS),--counts $(COUNTS)) \
+	  $(if $(SCALE),--scale $(SCALE)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only $(ONLY)) \
+	  $(if $(NAME),--name $(NAME)) $(if $(RESUME),--resume) \
+	  $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(PARAMS),--set-param $(PARAMS))
 
 lint: setup
 	ruff check src stages tests benchmarks

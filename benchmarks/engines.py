@@ -1,6 +1,6 @@
 """How fast each inference engine runs a backbone here, as a ratio in one process.
 
-    PYTHONPATH=src python benchmarks/engines.py mobilenetv2 --images 512 --rounds 3
+    PYTHONPATH=src python -m benchmarks.engines mobilenetv2 --images 512 --rounds 3
 
 The engines take turns, so a drift of the machine's speed meets all of them. The weights are ImageNet's where the
 project ships them, else random, which does not change the speed. At the end it says by how much each engine's features
@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.pictures import draw_pixels
 from catdog.backbones import build_backbone, get_backbone
 from catdog.inference import Engine, compile_forward
 from catdog.model import build_extractor
@@ -50,7 +50,7 @@ def main() -> None:
     )
     extractor = build_extractor([network], [backbone], options.size, "avg")
     count = max(1, options.images // options.batch)
-    batches = list(pictures(count * options.batch, options.size).reshape(count, options.batch, options.size, -1, 3))
+    batches = list(draw_pixels(count * options.batch, options.size).reshape(count, options.batch, options.size, -1, 3))
 
     def predict() -> Floats:
         pixels = np.concatenate(batches).astype(np.float32)
@@ -85,14 +85,6 @@ def main() -> None:
         print(f"{name:<14} features differ from model.predict's by {difference:.1e} of the largest")
         if not difference <= LARGEST_DIFFERENCE:
             sys.exit(f"{name}: that is more than {LARGEST_DIFFERENCE}")
-
-
-def pictures(count: int, size: int) -> npt.NDArray[np.uint8]:
-    """Draws pictures of smooth colours under noise, uint8 [count, size, size, 3]."""
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 200, (count, 8, 8, 3), dtype=np.uint8)
-    smooth = [cv2.resize(picture, (size, size), interpolation=cv2.INTER_CUBIC) for picture in coarse]
-    return np.stack(smooth) + rng.integers(0, 30, (count, size, size, 3), dtype=np.uint8)
 
 
 if __name__ == "__main__":
