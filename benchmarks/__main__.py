@@ -8,22 +8,21 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from benchmarks.figure import draw
-from benchmarks.limits import STEPS, measure_limits, prepare_project
+from benchmarks.limits import STEPS, measure_limits
 from benchmarks.pictures import collect_archives, write_generated, write_photographs
-from benchmarks.pipeline import measure_pipeline
-from benchmarks.project import Project
+from benchmarks.pipeline import make_finished, measure_again, measure_pipeline
+from benchmarks.project import Project, new_project
 from benchmarks.recipes import EPOCHS
 from benchmarks.results import Results, collect_facts
 from benchmarks.scale import PARAMS, measure_near_duplicates, measure_scale
 from benchmarks.tables import render
-from benchmarks.tutorial import measure_recipes, prepare_folders
+from benchmarks.tutorial import measure_recipes, write_folders
 from catdog.errors import CatdogError
 from catdog.files import read_json, require_disk_space, write_text
 
@@ -140,33 +139,49 @@ class Workplace:
         self._folder, self._settings = folder, settings
         self._collect = functools.cache(lambda: collect_archives(given, folder / "given"))
         self._archive = functools.cache(self._write_photographs)
-        self._folders = functools.cache(
-            lambda count: prepare_folders(folder / f"tutorial-{count}", self._archive(count))
+        self._recipes_project = functools.cache(self._prepare_recipes)
+        self._limits_project = functools.cache(
+            lambda count: make_finished(folder / "limits", {"dataset": str(self._archive(count))})
         )
-        self._finished: Callable[[int], Project] = functools.cache(
-            lambda count: prepare_project(folder / "limits", self._archive(count))
-        )
+        self._finished: tuple[int, Project] | None = None  # what `pipeline` made last, and for which count
 
     def pipeline(self, count: int) -> object:
         """Measures the pipeline."""
-        return measure_pipeline(self._folder / "pipeline", self._archive(count), self._settings["params"], again=True)
+        self._finished = None
+        params = {"dataset": str(self._archive(count))} | self._settings["params"]
+        project, measured = measure_pipeline(self._folder / "pipeline", params)
+        measured |= measure_again(project)
+        self._finished = (count, project)
+        return measured
 
     def tutorial(self, count: int) -> object:
         """Measures the tutorials' recipes."""
-        return measure_recipes(self._folders(count), epochs=self._settings["recipe_epochs"], limit=RECIPE_IMAGES)
+        project = self._recipes_project(count)
+        return measure_recipes(project, epochs=self._settings["recipe_epochs"], limit=RECIPE_IMAGES)
 
     def limits(self, count: int, step: str) -> object:
         """Measures a step beside its limit."""
-        return measure_limits(self._finished(count), step)
+        finished = self._finished
+        # The project of the part pipeline will do, where that has changed no parameters.
+        usable = finished is not None and finished[0] == count and not self._settings["params"]
+        return measure_limits(finished[1] if finished and usable else self._limits_project(count), step)
 
     def scale(self, count: int) -> object:
         """Measures the pipeline on generated pictures."""
         archive = self._folder / f"generated-{count}.zip"
         write_generated(archive, count)
         self._require_space(archive, count)
+        self._finished = None
         measured = measure_scale(self._folder / "pipeline", archive)
         archive.unlink()
         return measured
+
+    def _prepare_recipes(self, count: int) -> Project:
+        folder = self._folder / f"tutorial-{count}"
+        project = new_project(folder, {"dataset": str(self._archive(count))})
+        project.run("dvc", "repro", "split")
+        write_folders(project)
+        return project
 
     def _write_photographs(self, count: int) -> Path:
         archive = self._folder / f"photographs-{count}.zip"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.recipes import EPOCHS, RECIPES
 from benchmarks.spread import ratios
-from benchmarks.tables import Results, counts_of, described_photographs, rates, rounds_of
+from benchmarks.tables import WANTED_SHARES, Results, counts_of, described_photographs, rates, rounds_of
 from catdog.plots import (
     AMBER,
     BLACK,
@@ -75,75 +75,77 @@ def _stages(axes: Axes, results: Results) -> None:
         parts[_REST] = middle["repro"]["seconds"] - sum(parts.values())
         left = 0.0
         for name, seconds in parts.items():
-            axes.barh(place, seconds, 0.7, left, color=_COLOURS.get(name, LIGHT_GREY), label=None if place else name)
+            axes.barh(place, seconds, 0.6, left, color=_COLOURS.get(name, LIGHT_GREY), label=None if place else name)
             left += seconds
-        axes.text(left, place, f"  {left:,.0f} s, {count / left:,.0f} images/s", va="center", fontsize=9)
-    axes.set_yticks(range(len(counts)), [f"{count:,}" for count in counts])
-    axes.margins(x=0.4)
+        axes.text(left, place, f"  {left:,.0f} s\n  {count / left:,.0f} images/s", va="center", fontsize=9)
+    _rows(axes, [f"{count:,}" for count in counts])
+    axes.margins(x=0.3)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds of dvc repro, from archive to tracked model")
     axes.set_ylabel("photographs")
-    axes.legend(ncols=3, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.06))
-    axes.set_title("Where the time goes", loc="left", fontsize=11, pad=58)
+    _title(axes, "Where the time goes", columns=4)
 
 
 def _recipes(axes: Axes, results: Results) -> None:
     """The whole pipeline, another head and the recipes of the tutorials, on a logarithmic axis."""
     counts = sorted({*counts_of(results, "pipeline"), *counts_of(results, "tutorial")})
-    series: dict[str, tuple[str, dict[int, list[float]]]] = {}
-    for name, key, colour in (("another head", "another_head", SKY), ("whole pipeline", "repro", BLUE)):
-        found = {count: [one[key]["seconds"] for one in rounds_of(results, f"pipeline/{count}")] for count in counts}
-        series[name] = (colour, {count: values for count, values in found.items() if values})
+    pipeline = {count: rounds_of(results, f"pipeline/{count}") for count in counts}
+    tutorial = {count: rounds_of(results, f"tutorial/{count}") for count in counts}
+    whole = {count: [one["repro"]["seconds"] for one in pipeline[count]] for count in counts}
+    head = {count: [one["another_head"]["seconds"] for one in pipeline[count]] for count in counts}
+    series = [("whole pipeline", BLUE, whole), ("another head", SKY, head)]
     for recipe, colour in zip(RECIPES, (ORANGE, AMBER), strict=True):
-        found = {
-            count: [one[recipe]["ten_epochs_seconds"] for one in rounds_of(results, f"tutorial/{count}")]
-            for count in counts
-        }
-        series[f"{recipe}, {EPOCHS} epochs*"] = (colour, {count: values for count, values in found.items() if values})
-    pipeline = series["whole pipeline"][1]
-    for number, (name, (colour, found)) in enumerate(series.items()):
-        for count, values in found.items():
-            place = counts.index(count) + (number - 1.5) * 0.2
-            axes.barh(place, statistics.median(values), 0.18, color=colour)
-            told = f"  {statistics.median(values):,.0f} s"
-            if number > 1 and count in pipeline:
-                told += f", {ratios(values, pipeline[count]).median:,.1f} x"
-            axes.text(statistics.median(values), place, told, va="center", fontsize=8)
-        axes.barh(0, 0, color=colour, label=name)
+        scaled = {count: [one[recipe]["ten_epochs_seconds"] for one in tutorial[count]] for count in counts}
+        series.append((recipe, colour, scaled))
+    for number, (name, colour, found) in enumerate(series):
+        named = name
+        for place, count in enumerate(counts):
+            if not found[count]:
+                continue
+            middle, height = statistics.median(found[count]), place + (number - 1.5) * 0.2
+            axes.plot([min(found[count]), max(found[count])], [height, height], color=colour, linewidth=3)
+            axes.plot(middle, height, "o", color=colour, markersize=9, label=named)
+            named = ""
+            told = f"{middle:,.0f} s"
+            if name in RECIPES and whole[count]:
+                told += f", {ratios(found[count], whole[count]).median:,.1f} times the pipeline"
+            axes.annotate(told, (middle, height), (9, 0), textcoords="offset points", va="center", fontsize=8)
+    _rows(axes, [f"{count:,}" for count in counts])
     axes.set_xscale("log")
-    axes.margins(x=0.3)
-    axes.set_xlim(left=1)
+    axes.margins(x=0.1)
+    # Room for the words beside the last points.
+    low, high = axes.get_xlim()
+    axes.set_xlim(right=high * (high / low) ** 0.4)
+    for place in range(1, len(counts)):
+        axes.axhline(place - 0.5, color=LIGHT_GREY, linewidth=0.6)
     _plain_numbers(axes, "x")
-    axes.set_yticks(range(len(counts)), [f"{count:,}" for count in counts])
-    axes.set_xlabel("seconds (logarithmic); * scaled from one epoch; x: times the whole pipeline")
+    axes.grid(axis="x", color=LIGHT_GREY, alpha=0.4, linewidth=0.6)
+    axes.set_xlabel(f"seconds (logarithmic); recipes scaled to {EPOCHS} epochs")
     axes.set_ylabel("photographs")
-    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
-    axes.set_title("Against the tutorials' recipes", loc="left", fontsize=11, pad=58)
+    _title(axes, "Against the tutorials' recipes", columns=2)
 
 
 def _limits(axes: Axes, results: Results) -> None:
-    """Images a second of each step beside its limit, and the share pair by pair."""
+    """What share of its libraries' speed each step reaches: the median, and the least and the largest pair."""
     steps = [step for step in ("split", "preprocess", "embed", "evaluate") if rounds_of(results, f"limits/{step}")]
     names = []
     for place, step in enumerate(steps):
         measured = rounds_of(results, f"limits/{step}")
         ours, limit = rates(measured, "step"), rates(measured, "limit")
-        names.append(f"{step}\n{ratios(ours, limit).median:.2f} of its limit")
-        for offset, values, colour in ((-0.2, limit, LIGHT_GREY), (0.2, ours, BLUE)):
-            middle = statistics.median(values)
-            spread = [[middle - min(values)], [max(values) - middle]]
-            axes.bar(place + offset, middle, 0.38, color=colour, yerr=spread if len(values) > 1 else None, capsize=3)
-            axes.text(place + offset, middle, f"{middle:,.0f}\n", ha="center", va="center", fontsize=8)
-    axes.bar(0, 0, color=LIGHT_GREY, label="the libraries in a plain loop")
-    axes.bar(0, 0, color=BLUE, label="this step, without the start of the process")
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=1)
-    axes.margins(y=0.2)
-    _plain_numbers(axes, "y")
-    axes.set_xticks(range(len(steps)), names)
-    axes.set_ylabel("images/s (logarithmic)")
-    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
-    axes.set_title("Each step beside its libraries' own limit", loc="left", fontsize=11, pad=58)
+        share = ratios(ours, limit)
+        axes.barh(place, share.median, 0.6, color=BLUE)
+        axes.plot([share.low, share.high], [place, place], color=BLACK, linewidth=1.5)
+        names.append(f"{step}\n{statistics.median(ours):,.0f} of {statistics.median(limit):,.0f}/s")
+        axes.text(0.02, place, f"{share.median:.2f}", va="center", fontsize=9, color="white", weight="bold")
+        if step in WANTED_SHARES:
+            axes.plot([WANTED_SHARES[step]] * 2, [place - 0.38, place + 0.38], color=ORANGE, linewidth=2.5)
+    axes.plot([], [], color=ORANGE, linewidth=2.5, label="wanted")
+    axes.plot([], [], color=BLACK, linewidth=1.5, label="least to largest pair")
+    axes.axvline(1, color=GREY, linestyle="--", linewidth=1, label="the libraries alone")
+    _rows(axes, names)
+    axes.set_xlim(0, max(1.05, axes.get_xlim()[1]))
+    axes.set_xlabel("share of the libraries' images/s")
+    _title(axes, "Each step beside its libraries' own limit", columns=3)
 
 
 def _time(axes: Axes, results: Results) -> None:
@@ -155,17 +157,17 @@ def _time(axes: Axes, results: Results) -> None:
     axes.set_yscale("log")
     _plain_numbers(axes, "y")
     axes.set_ylabel("seconds (logarithmic)")
-    axes.set_title("Time against the number of images", loc="left", fontsize=11)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _title(axes, "Time against the number of images", columns=5)
 
 
 def _memory(axes: Axes, results: Results) -> None:
     """Peak memory of each stage against the number of images."""
     _growth(axes, results, "peak_mb")
     axes.set_yscale("log")
+    axes.set_ylim(bottom=100)
     _plain_numbers(axes, "y")
     axes.set_ylabel("peak memory, MB (logarithmic)")
-    axes.set_title("Peak memory against the number of images", loc="left", fontsize=11)
+    _title(axes, "Peak memory against the number of images", columns=5)
 
 
 def _growth(axes: Axes, results: Results, what: str) -> list[int]:
@@ -191,10 +193,33 @@ def _growth(axes: Axes, results: Results, what: str) -> list[int]:
     return counts
 
 
+def _rows(axes: Axes, names: list[str]) -> None:
+    """Names the rows of horizontal bars, the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _title(axes: Axes, text: str, *, columns: int) -> None:
+    """Writes what a panel is about, with its legend between the title and the axes."""
+    axes.legend(
+        ncols=columns,
+        fontsize=8,
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        columnspacing=1.2,
+        handlelength=1.4,
+    )
+    axes.set_title(text, loc="left", fontsize=11, pad=38)
+
+
 def _plain_numbers(axes: Axes, which: str) -> None:
     """Plain numbers in place of powers of ten on a logarithmic axis."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    if high < 50 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axis.set_minor_formatter(NullFormatter())

@@ -32,7 +32,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.project import Project, new_project
+from benchmarks.project import Project
 from catdog import paths
 from catdog.archives import open_archive
 from catdog.config import Params, load_params
@@ -51,15 +51,12 @@ _IN_MEMORY = 1024  # images; at 224 pixels 150 MB
 _BATCHES = (1, 2, 4, 8)
 
 
-def prepare_project(folder: Path, archive: Path) -> Project:
-    """Makes a project with these photographs in which every stage has run."""
-    project = new_project(folder, {"dataset": str(archive)})
-    project.run("dvc", "repro")
-    return project
-
-
 def measure_limits(project: Project, step: str) -> dict[str, Any]:
     """Measures a step of ours and its limit, one right after the other.
+
+    Args:
+        project: one in which every stage has run.
+        step: one of STEPS.
 
     Returns:
         limit: images, seconds and settings of the plain loop; for each step but `read` also step: images and seconds of

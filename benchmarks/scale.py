@@ -19,8 +19,9 @@ DISTANCES = (4, 8, 16)
 
 
 def measure_scale(folder: Path, archive: Path) -> dict[str, Any]:
-    """Runs the pipeline once on generated pictures; what is returned is that of `measure_pipeline`."""
-    return measure_pipeline(folder, archive, PARAMS, again=False)
+    """Runs the pipeline once on generated pictures; returns what `measure_pipeline` measured."""
+    _, measured = measure_pipeline(folder, {"dataset": str(archive)} | PARAMS)
+    return measured
 
 
 def measure_near_duplicates() -> dict[str, float]:

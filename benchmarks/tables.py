@@ -90,13 +90,15 @@ def _of_limit(step: str) -> Callable[[Results, int], list[float]]:
     return values
 
 
+WANTED_SHARES = {"preprocess": 0.8, "embed": 0.9}
+"""How much of its libraries' speed a step should reach, by step."""
+
 WANTED = (
     Wanted("whole pipeline", "s", 300, False, _of_pipeline("repro")),
     Wanted("another head (`dvc exp run -S train.learning_rate=0.002`)", "s", 20, False, _of_pipeline("another_head")),
     Wanted("`dvc repro` with nothing to do", "s", 1.5, False, _of_pipeline("nothing_to_do")),
     Wanted("`catdog --help`", "s", 0.5, False, _of_pipeline("help")),
-    Wanted("preprocess, share of its limit", "", 0.8, True, _of_limit("preprocess")),
-    Wanted("embed, share of its limit", "", 0.9, True, _of_limit("embed")),
+    *(Wanted(f"{step}, share of its limit", "", least, True, _of_limit(step)) for step, least in WANTED_SHARES.items()),
 )
 WANTED_AT = 12_000
 """The number of photographs that the wishes are about."""
@@ -111,7 +113,7 @@ def _wanted(results: Results) -> str:
         if values:
             spread = Spread.of(values)
             good = spread.median >= one.bound if one.least else spread.median <= one.bound
-            bound = f"{'at least' if one.least else 'at most'} {one.bound:g} {one.unit}"
+            bound = f"{'at least' if one.least else 'at most'} {one.bound:g} {one.unit}".strip()
             rows.append([one.name, bound, spread.told(2), "yes" if good else "no"])
     where = f", with {at:,} photographs" if at else ""
     return _section(f"What is wanted of two cores{where}", ["", "wanted", "measured", "reached"], rows)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from benchmarks.project import Project, new_project
+from benchmarks.project import Project
 from benchmarks.recipes import RECIPES, ten_epochs
+from catdog import paths
 from catdog.archives import open_archive
 from catdog.backbones import get_backbone
 from catdog.config import load_params
@@ -22,25 +21,26 @@ from catdog.files import read_json, read_manifest
 from catdog.images import decode
 
 
-def prepare_folders(folder: Path, archive: Path) -> Project:
-    """Makes a project whose `folders` hold train, val and test as the tutorials want them: JPEG files by class.
+def write_folders(project: Project) -> None:
+    """Writes into a project's `folders` its train, val and test as the tutorials want them: JPEG files by class.
 
     This is not counted: a tutorial begins with such folders. Files that TensorFlow can read stay as they are; it
     cannot read every format that the pipeline accepts.
 
+    Args:
+        project: one in which the stage split has run.
+
     Raises:
         CatdogError: there are more than two classes, which the recipes do not tell apart.
     """
-    project = new_project(folder, {"dataset": str(archive)})
-    project.run("dvc", "repro", "split")
-    manifest = read_manifest(project.root / "data/manifest.csv")
+    manifest = read_manifest(project.root / paths.MANIFEST)
     classes = sorted(set(manifest["label"]))
     if len(classes) != 2:
         raise CatdogError(
             f"the tutorials' recipes tell two classes apart, PHOTOGRAPHS has {len(classes)}; leave the part tutorial "
             "out with ONLY"
         )
-    with open_archive(archive) as opened, ThreadPoolExecutor() as pool:
+    with open_archive(project.root / paths.RAW) as opened, ThreadPoolExecutor() as pool:
 
         def write(number: int, row: Any) -> None:
             data = opened.read(row.path)
@@ -54,8 +54,6 @@ def prepare_folders(folder: Path, archive: Path) -> Project:
         rows: Iterable[Any] = manifest.itertuples()
         for _ in pool.map(write, range(len(manifest)), rows):
             pass
-    shutil.rmtree(project.root / ".dvc/cache")
-    return project
 
 
 def measure_recipes(project: Project, *, epochs: int, limit: int) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def measure_recipes(project: Project, *, epochs: int, limit: int) -> dict[str, A
     Returns:
         By recipe: its usage, what `recipes.run_recipe` measured, and `ten_epochs_seconds`.
     """
-    params = load_params(project.root / "params.yaml")
+    params = load_params(project.root / paths.PARAMS)
     weights = get_backbone("mobilenetv2").shipped
     assert weights, "MobileNetV2's weights come with the project"
     result = {}

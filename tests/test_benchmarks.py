@@ -146,7 +146,18 @@ def test_ten_epochs_scale_what_is_repeated_and_nothing_else():
     assert recipes.ten_epochs(told, process_seconds=35) == pytest.approx(8 + 10 * (80 + 6) + 10)
 
 
+@pytest.fixture
+def without_graphs():
+    """Steps run at once instead of being compiled, which takes longer than a few steps do."""
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.usefixtures("without_graphs")
 def test_a_recipe_of_the_tutorials_trains_on_a_few_pictures(recipe, tmp_path):
     for split, count in (("train", 40), ("val", 4), ("test", 4)):
         for number in range(count):
