@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
+from ruamel.yaml import YAML
 
 from benchmarks import pictures, project, recipes
 from benchmarks.figure import draw
@@ -78,6 +79,23 @@ def test_what_a_process_takes_holds_its_own_memory_and_its_exit_status(tmp_path)
     usage = json.loads(log.read_text())
     assert done.returncode == usage["exit"] == 3
     assert usage["peak_mb"] > 150
+
+
+def test_stages_are_measured_in_a_copy_of_the_project_with_its_own_home(tmp_path):
+    copy = project.new_project(tmp_path / "fresh", {"train.epochs": 3})
+    assert YAML(typ="safe").load(copy.root / "params.yaml")["train"]["epochs"] == 3
+    (copy.root / "stages/nothing.py").write_text("import os; print(os.environ['HOME']); b'1' * 60_000_000")
+    run = copy.run("sh", "-c", "python stages/nothing.py > home.txt && python stages/nothing.py")
+    assert (copy.root / "home.txt").read_text().strip() == str(copy.home)
+    assert list(run.stages) == ["nothing"]
+    assert 60 < run.stages["nothing"]["peak_mb"] <= run.usage["peak_mb"] < 200
+    assert run.stages["nothing"]["seconds"] <= run.usage["seconds"]
+
+
+def test_a_command_that_fails_is_told_with_what_it_wrote_last(tmp_path):
+    copy = project.new_project(tmp_path / "fresh", {})
+    with pytest.raises(CatdogError, match=r"exit status 4:\nthe reason$"):
+        copy.run("sh", "-c", "echo the reason >&2; exit 4")
 
 
 def test_every_beginning_of_the_photographs_has_the_mix_of_the_whole(tmp_path):
