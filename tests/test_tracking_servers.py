@@ -36,14 +36,9 @@ def postgres_programs():
 
 @contextlib.contextmanager
 def running(*command, **options):
-    """Runs a program and what it starts for the block."""
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        **options,
-    )
+    """Runs a program and what it starts for the block; what it prints is lost unless the options say otherwise."""
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([str(part) for part in command], start_new_session=True, **silent | options)
     try:
         yield process
     finally:
