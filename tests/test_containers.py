@@ -339,7 +339,11 @@ def store(stack):
         folder = stack.project.root.parent / "storage"
         folder.mkdir()
         command = [word.replace("/data", str(folder)) for word in stack.command("storage")]
-        command = ["weed", *command, "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={stack.ports['storage']}"]
+        # Its parts talk through sockets that are named by their ports, and lie in /tmp for all of the machine.
+        ports = {f"{part}.port": free_port() for part in ("master", "volume", "filer")}
+        ports |= {f"{part}.port.grpc": free_port() for part in ("master", "volume", "filer", "s3")}
+        ports |= {"s3.port": stack.ports["storage"], "s3.port.iceberg": 0}
+        command = ["weed", *command, "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *(f"-{k}={v}" for k, v in ports.items())]
         with running(*command, env=stack.environment("storage"), cwd=folder):
             wait_until(lambda: answers(health), every=0.3)
             yield
