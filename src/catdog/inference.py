@@ -152,8 +152,8 @@ def _tensorflow_step(model: keras.Model, compiles: bool) -> tuple[int, Step]:
         return tf.cast(model(tf.cast(pixels, tf.float32), training=False), tf.float32)
 
     if devices == 1:
-        frozen = _frozen(infer, model)
-        compute = tf.function(frozen, jit_compile=True) if compiles else frozen
+        constant = frozen(infer, model.input_shape[1])
+        compute = tf.function(constant, jit_compile=True) if compiles else constant
         return 1, lambda pixels: compute(tf.constant(pixels))
 
     replica = tf.function(infer, jit_compile=compiles)
@@ -170,15 +170,27 @@ def _tensorflow_step(model: keras.Model, compiles: bool) -> tuple[int, Step]:
     return devices, step
 
 
-def _frozen(function: Callable[[Any], Any], model: keras.Model) -> Any:
-    """Returns a TensorFlow function with the model's weights as constants, which TensorFlow can fold into each other.
+def frozen(
+    function: Callable[[Any], Any],
+    size: int,
+    *,
+    batch: int | None = None,
+    dtype: Literal["uint8", "float32"] = "uint8",
+) -> Any:
+    """Returns a TensorFlow function with a model's weights as constants, which TensorFlow can fold into each other.
 
     1.5 times as fast as the function itself (MobileNetV2, two AVX-512 cores): BatchNorm goes into the convolutions.
+
+    Args:
+        function: from pixels [batch, size, size, 3] to what a model makes of them.
+        size: pixels a side.
+        batch: images a batch; None for any number.
+        dtype: of the pixels.
     """
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-    signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="pixels")
+    signature = tf.TensorSpec((batch, size, size, 3), dtype, name="pixels")
     return convert_variables_to_constants_v2(tf.function(function).get_concrete_function(signature))
 
 
@@ -216,26 +228,44 @@ def _in_parts(batches: Iterable[Pixels], size: int) -> Iterator[Pixels]:
 
 
 def _compile_openvino(model: keras.Model) -> Forward:
-    # OpenVINO reports every import to its makers, unless its reporter cannot be imported.
+    return run_openvino(openvino_network(lambda pixels: model(pixels, training=False), model.input_shape[1]))
+
+
+def import_openvino() -> Any:
+    """Imports OpenVINO, which with its companion NNCF then sends nothing to its makers; returns the module."""
+    # Both report their use to their makers, unless the reporter cannot be imported.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
-    import tensorflow as tf
-    from openvino.preprocess import PrePostProcessor
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-    signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name="pixels")
-    concrete = tf.function(lambda pixels: model(pixels, training=False)).get_concrete_function(signature)
-    graph = convert_variables_to_constants_v2(concrete).graph.as_graph_def()
-    core = openvino.Core()
+    return openvino
+
+
+def openvino_network(function: Callable[[Any], Any], size: int) -> Any:
+    """Returns an `openvino.Model`: uint8 pixels [batch, size, size, 3] to what a function makes of them.
+
+    Args:
+        function: from float32 pixels [batch, size, size, 3] to what a model makes of them.
+        size: pixels a side.
+    """
+    openvino = import_openvino()
+    from openvino.preprocess import PrePostProcessor
+
+    graph = frozen(function, size, dtype="float32").graph.as_graph_def()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.pb")
         path.write_bytes(graph.SerializeToString())
-        network = core.read_model(path)
+        network = openvino.Core().read_model(path)
     steps = PrePostProcessor(network)
     steps.input().tensor().set_element_type(openvino.Type.u8)
+    return steps.build()
+
+
+def run_openvino(network: Any) -> Forward:
+    """Prepares an `openvino.Model` from uint8 pixels [batch, size, size, 3] to one output for inference on the CPU."""
+    core = import_openvino().Core()
     # float32 on every CPU: some would silently choose bfloat16 and give other probabilities.
     settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(steps.build(), "CPU", settings)
+    compiled = core.compile_model(network, "CPU", settings)
     count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
 
     # A round of plain requests, not AsyncInferQueue: its Python callbacks run in OpenVINO's threads, which then
