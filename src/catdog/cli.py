@@ -140,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_rollback(commands)
     _add_models(commands)
     _add_fetch(commands)
+    _add_export(commands)
 
     tune = commands.add_parser(
         "tune",
@@ -320,6 +321,48 @@ def _add_fetch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     fetch.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
     _add_artifact(fetch)
     fetch.set_defaults(run=_fetch)
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write the model in the format of another runtime, checked",
+        description="Write the trained model for TensorFlow Lite, ONNX, TensorFlow Serving (SavedModel) or OpenVINO, "
+        "and compare the export with the Keras model on the test split: labels, probabilities, size and latency. An "
+        "export that gives too many other labels is not written, and the exit code is then 1.",
+    )
+    export.add_argument("--format", required=True, choices=["tflite", "onnx", "saved_model", "openvino"])
+    export.add_argument(
+        "--precision",
+        choices=["float32", "float16", "int8"],
+        default="float32",
+        help="float16 halves the size; int8 quarters it and computes in whole numbers, whose ranges come from 300 "
+        "training images; saved_model has float32 alone (default: float32)",
+    )
+    export.add_argument(
+        "--model",
+        metavar="REF",
+        help="model file, stage (prod) or version (v1.2.0) of the registry, or address in MLflow "
+        "(default: models/model.keras)",
+    )
+    export.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="the file (tflite, onnx) or folder (saved_model, openvino) to write (default: "
+        "models/export/<model>-<precision>.<format>)",
+    )
+    export.add_argument("--force", action="store_true", help="replace an export that is there")
+    export.add_argument(
+        "--max-disagreement",
+        type=_share,
+        metavar="SHARE",
+        help="of the test images that may get another label than from the Keras model (default: float32 0, float16 "
+        "0.005, int8 0.02)",
+    )
+    export.add_argument("--no-check", action="store_true", help="write it unseen, e.g. where the data is not at hand")
+    export.set_defaults(run=_export)
 
 
 def _add_stage(parser: argparse.ArgumentParser, what: str) -> None:
@@ -560,6 +603,22 @@ def _fetch(options: argparse.Namespace) -> int:
         reference=options.version or options.stage,
         repository=options.repo,
         name=options.name,
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    if options.no_check and options.max_disagreement is not None:
+        raise CatdogError("--max-disagreement is for the check; leave it out with --no-check")
+    from catdog.export_command import run_export
+
+    return run_export(
+        options.format,
+        options.precision,
+        model=options.model,
+        output=options.output,
+        force=options.force,
+        check=not options.no_check,
+        max_disagreement=options.max_disagreement,
     )
 
 

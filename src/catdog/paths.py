@@ -25,6 +25,7 @@ PREPROCESS_REPORT = TFRECORDS / "preprocess.json"
 FEATURES = Path("data/features")
 FEATURES_INFO = FEATURES / "features.json"
 MODEL = Path("models/model.keras")
+EXPORTS = Path("models/export")
 
 SOURCE_REPORT = Path("reports/source.json")
 CURATION_REPORT = Path("reports/curation.json")
