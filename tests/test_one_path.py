@@ -22,12 +22,16 @@ from PIL import Image
 
 from catdog.app import classify_bytes
 from catdog.evaluation import LabelledPredictions
+from catdog.export import FORMATS, Format, Precision, describe, write_export
+from catdog.export_runtimes import open_export, read_description
+from catdog.files import sha256_of
+from catdog.images import model_pixels
 from catdog.inference import choose_engine, compile_forward
 from catdog.model import ModelInfo, class_probabilities, load_model, save_model
 from catdog.predict import Classifier, run_predict
 from catdog.records import ImageRow, RecordReader, Shard, encode_record, write_shard
 from catdog.serving import ServedModel
-from test_gradcam import small_model
+from test_gradcam import small_model, some_pixels
 
 # Keras' own way of saving variables, under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -148,13 +152,43 @@ def by_page(path: Path, pictures: dict[str, bytes], folder: Path) -> Answers:
     return [answer.label for answer in answers], np.stack([answer.probabilities for answer in answers])
 
 
+def by_export(
+    path: Path, pictures: dict[str, bytes], folder: Path, *, format_: Format, precision: Precision
+) -> Answers:
+    """An export, in the hands of someone who knows of the model only what the export says."""
+    model, info = load_model(path)
+    calibration = some_pixels(40, seed=1)
+    description = describe(info, precision, model_sha256=sha256_of(path), calibration_images=len(calibration))
+    write_export(model, description, folder / "export", format_, precision, calibration=calibration)
+    said = read_description(folder / "export", format_)
+    settings = {"size": said["image_size"], "mode": said["resize"], "quality": said["jpeg_quality"]}
+    pixels = np.stack([model_pixels(data, **settings) for data in pictures.values()])
+    probabilities = open_export(folder / "export", format_)([pixels])
+    names = said["class_names"]
+    if len(names) == 2:
+        labels = [names[int(second >= said["threshold"])] for second in probabilities[:, 1]]
+    else:
+        labels = [names[number] for number in probabilities.argmax(axis=1)]
+    return labels, probabilities
+
+
+EXPORTS = [(format_, precision) for format_, facts in FORMATS.items() for precision in facts.precisions]
+
 WAYS: dict[str, Ask] = {
     "predict": by_predict,
     "plain Keras": by_plain_keras,
     "REST": by_rest,
     "page": by_page,
+    **{" ".join(kind): partial(by_export, format_=kind[0], precision=kind[1]) for kind in EXPORTS},
 }
 """Each is compared with `by_evaluate`."""
+
+ROUNDED = {"float16": 0.001, "int8": 0.02}
+"""By how much the probabilities of an export that rounds may differ: three times what they did when this was written.
+
+A wrong way is further off: a careless reader of the same files by 0.02 to 0.5 (`test_the_pictures_tell_ways_apart`).
+"""
+EXACT = 1e-4
 
 
 # Do they agree?
@@ -175,7 +209,8 @@ def subject(request, tmp_path_factory) -> Subject:
     """Two classes (a sigmoid and a threshold of its own), and three (a softmax)."""
     mode, classes = request.param
     folder = tmp_path_factory.mktemp("subject")
-    model, info = small_model(pooling="flatten", classes=classes, scale=4)
+    # Not the small network that stands for MobileNetV2: TensorFlow Lite gets it wrong (test_export.py says why).
+    model, info = small_model("vgg16", "flatten", classes=classes, scale=0.02)
     info = replace(info, resize=mode)
     save_model(model, info, folder / "model.keras")
     _, probabilities = by_evaluate(folder / "model.keras", PICTURES, folder)
@@ -187,11 +222,24 @@ def subject(request, tmp_path_factory) -> Subject:
     return Subject(folder / "model.keras", info, *by_evaluate(folder / "model.keras", PICTURES, folder))
 
 
+def margins(subject: Subject) -> np.ndarray:
+    """How far each picture's probabilities are from giving it another label."""
+    if len(subject.info.class_names) == 2:
+        return np.abs(subject.probabilities[:, 1] - subject.info.threshold)
+    best = np.sort(subject.probabilities, axis=1)
+    return best[:, -1] - best[:, -2]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_gives_the_labels_and_probabilities_of_the_evaluation(subject, tmp_path, way):
     labels, probabilities = WAYS[way](subject.path, PICTURES, tmp_path)
-    assert dict(zip(PICTURES, labels, strict=True)) == dict(zip(PICTURES, subject.labels, strict=True))
-    assert probabilities == pytest.approx(subject.probabilities, abs=1e-4)
+    tolerance = ROUNDED.get(way.rpartition(" ")[2], EXACT)
+    assert probabilities == pytest.approx(subject.probabilities, abs=tolerance)
+    # Rounding may decide about a picture that is nearer to the threshold, or to another class, than that.
+    clear = margins(subject) > (0 if tolerance == EXACT else 2 * tolerance)
+    assert clear.sum() >= 4
+    for name, label, wanted, is_clear in zip(PICTURES, labels, subject.labels, clear, strict=True):
+        assert not is_clear or (name, label) == (name, wanted)
 
 
 def test_the_pictures_tell_ways_apart(subject):
