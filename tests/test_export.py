@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -25,6 +26,7 @@ from catdog.export_runtimes import open_export, read_description
 from catdog.files import sha256_of, write_json
 from catdog.inference import compile_forward
 from catdog.model import ModelInfo, class_probabilities, load_model, predict_classes, save_model, set_temperature
+from catdog.predict import Classifier
 from catdog.records import (
     ImageRow,
     RecordReader,
@@ -40,6 +42,7 @@ from test_gradcam import SIZE, small_model, some_pixels
 # Keras' own way of saving variables, under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
+ROOT = Path(__file__).parents[1]
 KINDS = [(format_, precision) for format_, facts in FORMATS.items() for precision in facts.precisions]
 EACH_KIND = pytest.mark.parametrize(("format_", "precision"), KINDS, ids=["-".join(kind) for kind in KINDS])
 # Of the probabilities of small networks with random weights. float16 has 11 bits; int8 has 256 steps a layer.
@@ -446,3 +449,35 @@ def test_same_model_and_pictures_give_the_same_bytes_and_nothing_is_reported_or_
     assert len(contents[0]) > len(KINDS)
     assert contents[0] == contents[1]
     assert not list(tmp_path.glob("home-*/intel"))
+
+
+# The documentation
+
+
+BLOCKS = {
+    block.splitlines()[0].removeprefix("# "): block
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(encoding="utf-8"), re.DOTALL)
+}
+
+
+def test_documentation_shows_every_format():
+    assert BLOCKS.keys() == {"picture.py", *FORMATS}
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_documented_example_gives_the_models_answer_without_this_project(tmp_path, format_):
+    save_model(*joined_model(), tmp_path / "model.keras")
+    export(tmp_path / "model.keras", tmp_path / f"model-float32.{format_}", format_, "float32")
+    Image.fromarray(some_pixels(1, 64)[0]).save(tmp_path / "cat.jpg", quality=95)
+    (tmp_path / "picture.py").write_text(BLOCKS["picture.py"])
+    (tmp_path / "example.py").write_text(BLOCKS[format_])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    classifier = Classifier(tmp_path / "model.keras", engine="keras")
+    wanted = classifier.probabilities([classifier.pixels((tmp_path / "cat.jpg").read_bytes())[np.newaxis]])
+    label, _, numbers = done.stdout.strip().partition(" ")
+    assert label == classifier.info.class_names[classifier.labels(wanted)[0]]
+    assert np.array(numbers.strip("[]").split(), float) == pytest.approx(wanted[0], abs=1e-5)

@@ -184,7 +184,7 @@ WAYS: dict[str, Ask] = {
 """Each is compared with `by_evaluate`."""
 
 ROUNDED = {"float16": 0.001, "int8": 0.02}
-"""By how much the probabilities of an export that rounds may differ: three times what they did when this was written.
+"""By how much the probabilities of an export that rounds may differ: about three times what they did when written.
 
 A wrong way is further off: a careless reader of the same files by 0.02 to 0.5 (`test_the_pictures_tell_ways_apart`).
 """

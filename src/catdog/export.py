@@ -44,8 +44,8 @@ NETWORK = "model.xml"
 
 # The newest that tf2onnx writes. Its own choice, 15, was superseded in 2022.
 _OPSET = 18
-# Parts of the names of the operations from the last layer on. In int8 they would gain nothing, as they are a
-# thousandth of the work, and would cost most: 256 different logits are few.
+# Parts of the names of the operations from the last layer on. In int8 they would gain nothing, as they are hardly any
+# of the work, and would cost most: 256 different logits are few.
 _KEPT_IN_FLOAT = ("/logits", "/temperature", "/probabilities", "class_columns")
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import keras
 
 CALIBRATION_IMAGES = 300
-"""Training images that give the ranges of int8: NNCF takes 300 by default, and more changed nothing."""
+"""Training images that give the ranges of int8, at most: as many as NNCF takes by default."""
 
 _SEED = 0
 _BATCH_SIZE = 8
