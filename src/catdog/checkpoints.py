@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,11 +68,8 @@ class Checkpoints:
         """Writes the phase's checkpoint aside, brings it to the disk, and renames it over the former one."""
         if self._folder is None:
             return
-        members: dict[str, Any] = {_META: np.frombuffer(json.dumps(state.meta).encode(), np.uint8)}
-        for group, values in state.arrays.items():
-            members |= {f"{group}/{number:05d}": value for number, value in enumerate(values)}
         with written_aside(self._path(phase)) as aside, aside.open("wb") as file:
-            np.savez(file, **members)
+            write_state(file, state)
             # A power cut must not leave a renamed file without its content.
             file.flush()
             os.fsync(file.fileno())
@@ -83,17 +80,12 @@ class Checkpoints:
         if self._folder is None or not self._path(phase).exists():
             return None
         try:
-            # Reading a member checks its CRC-32.
-            with np.load(self._path(phase)) as file:
-                meta = json.loads(file[_META].tobytes())
-                arrays: Arrays = {}
-                for name in sorted(set(file.files) - {_META}):
-                    arrays.setdefault(name.partition("/")[0], []).append(file[name])
+            with self._path(phase).open("rb") as file:
+                return read_state(file)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
             cause = " ".join(str(error).split())
             print(f"train: {self._path(phase)} is damaged ({cause}) and ignored; starting anew", file=sys.stderr)
             return None
-        return State(arrays, meta)
 
     def clear(self) -> None:
         """Deletes the run's checkpoints: the run succeeded."""
@@ -103,6 +95,24 @@ class Checkpoints:
     def _path(self, phase: str) -> Path:
         assert self._folder is not None
         return self._folder / f"{phase}.npz"
+
+
+def write_state(file: IO[bytes], state: State) -> None:
+    """Writes a state as an .npz archive, which checks itself when it is read."""
+    members: dict[str, Any] = {_META: np.frombuffer(json.dumps(state.meta).encode(), np.uint8)}
+    for group, values in state.arrays.items():
+        members |= {f"{group}/{number:05d}": value for number, value in enumerate(values)}
+    np.savez(file, **members)
+
+
+def read_state(file: IO[bytes]) -> State:
+    """Reads a state back; raises what NumPy and zipfile do where the archive is damaged."""
+    # Reading a member checks its CRC-32.
+    with np.load(file) as archive:
+        arrays: Arrays = {}
+        for name in sorted(set(archive.files) - {_META}):
+            arrays.setdefault(name.partition("/")[0], []).append(archive[name])
+        return State(arrays, json.loads(archive[_META].tobytes()))
 
 
 @contextlib.contextmanager

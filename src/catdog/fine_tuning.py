@@ -30,6 +30,7 @@ from catdog.optimization import (
     image_weights,
     mix,
 )
+from catdog.shares import Share, current_share
 from catdog.training import FitPlan, fit
 
 if TYPE_CHECKING:
@@ -188,7 +189,8 @@ def fine_tune(
         metrics=[build_accuracy(outputs)],
         jit_compile=jit_compile,
     )
-    val_batches = _validation_batches(val, outputs, params.batch_size)
+    share = current_share()
+    val_batches = _validation_batches(val, image_size, outputs, params.batch_size, share)
     # Measured the same way as the epochs to come, not taken from the head's history: another engine may have made
     # the features, in another precision.
     frozen_loss = float(trainee.evaluate(val_batches, verbose=0, return_dict=True)["loss"])
@@ -197,9 +199,10 @@ def fine_tune(
         trainee,
         lambda epoch: _restartable(
             lambda: _training_batches(
-                train, image_size, outputs, params, train_params, augment_params, seed=seed, first_epoch=epoch
+                train, image_size, outputs, params, train_params, augment_params, share, seed=seed, first_epoch=epoch
             ),
-            [(None, image_size, image_size, 3), (None, outputs), (None,)],
+            image_size,
+            outputs,
         ),
         val_batches,
         plan,
@@ -210,13 +213,14 @@ def fine_tune(
     return FineTuned(result.history, improved, frozen_loss, unfrozen, result.images_per_second)
 
 
-def _restartable(batches: Callable[[], Iterator[Batch]], shapes: Sequence[tuple[int | None, ...]]) -> tf.data.Dataset:
+def _restartable(batches: Callable[[], Iterator[Batch]], image_size: int, outputs: int) -> tf.data.Dataset:
     """Wraps a generator for `fit`, and runs it ahead of the training.
 
     Keras reads from its data before the first epoch, and begins anew then: a plain generator would have moved on.
     """
     import tensorflow as tf
 
+    shapes = [(None, image_size, image_size, 3), (None, outputs), (None,)]
     signature = tuple(tf.TensorSpec(shape, tf.float32) for shape in shapes)
     return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(2)
 
@@ -228,14 +232,17 @@ def _training_batches(
     params: FineTuneParams,
     train_params: TrainParams,
     augment_params: AugmentParams,
+    share: Share,
     *,
     seed: int,
     first_epoch: int,
 ) -> Iterator[Batch]:
-    """Yields the batches of one epoch after another.
+    """Yields this process's share of the batches of one epoch after another.
 
     What a batch holds depends on the seed, the epoch and its place alone, so that a training can be taken up at any
-    epoch. The pictures are read and decoded ahead, in parallel.
+    epoch, and that all workers of a job take their parts of the same batch. Each of them makes the whole batch first:
+    an image is varied as its place in it says, and mixed with any other of it. The pictures are read and decoded
+    ahead, in parallel.
     """
     import keras
 
@@ -252,7 +259,16 @@ def _training_batches(
             targets = encode_targets(labels, outputs, train_params.label_smoothing)
             # One number more than the augmentation's seed: other draws.
             rng = np.random.default_rng([seed, epoch, index, 1])
-            yield mix((values, targets, weights), mixup=train_params.mixup, cutmix=params.cutmix, rng=rng)
+            batch = mix((values, targets, weights), mixup=train_params.mixup, cutmix=params.cutmix, rng=rng)
+            yield share.cut(_evenly(batch, share))
+
+
+def _evenly(batch: Batch, share: Share) -> Batch:
+    """Fills a training batch up; what its images weigh makes up for the fillers in the mean that the loss is."""
+    pixels, targets, weights = share.fill(batch)
+    if len(pixels) == len(batch[0]):
+        return batch
+    return pixels, targets, weights * np.float32(len(pixels) / len(batch[0]))
 
 
 def _shuffled(images: Images, *, seed: int, epoch: int) -> tf.data.Dataset:
@@ -273,8 +289,13 @@ def _shuffled(images: Images, *, seed: int, epoch: int) -> tf.data.Dataset:
     )
 
 
-def _validation_batches(images: Images, outputs: int, batch_size: int) -> tf.data.Dataset:
-    """Reads the images in their order, for `fit`: each exactly once, the last batch as small as it comes out."""
+def _validation_batches(
+    images: Images, image_size: int, outputs: int, batch_size: int, share: Share
+) -> tf.data.Dataset:
+    """Reads this process's share of the images in their order, for `fit`: each exactly once in all processes.
+
+    The last batch is as small as it comes out, filled up only where several devices share it.
+    """
     import tensorflow as tf
 
     shards = [str(shard) for shard in images.shards]
@@ -286,7 +307,22 @@ def _validation_batches(images: Images, outputs: int, batch_size: int) -> tf.dat
     dataset = tf.data.TFRecordDataset(shards).map(_decode, num_parallel_calls=tf.data.AUTOTUNE)
     dataset = dataset.batch(batch_size).map(to_target).prefetch(2)
     # Keras wants to know the number; a shard that holds more or fewer images than the labels is an error.
-    return dataset.apply(tf.data.experimental.assert_cardinality(math.ceil(len(images.labels) / batch_size)))
+    count = math.ceil(len(images.labels) / batch_size)
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(count))
+    if share.devices == 1:
+        return dataset
+    # Keras' mean over an epoch counts fillers as images without a loss.
+    whole, rest = divmod(len(images.labels), batch_size)
+    places = whole * share.filled_size(batch_size) + share.filled_size(rest)
+    weight = np.float32(places / len(images.labels))
+
+    def parts() -> Iterator[Batch]:
+        for pixels, targets in dataset.as_numpy_iterator():
+            weights = np.full(len(pixels), weight, np.float32)
+            yield share.cut(share.fill((pixels, targets, weights)))
+
+    divided = _restartable(parts, image_size, outputs)
+    return divided.apply(tf.data.experimental.assert_cardinality(count))
 
 
 def _decode(record: Any) -> tuple[Any, Any]:

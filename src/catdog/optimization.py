@@ -17,6 +17,9 @@ Floats = npt.NDArray[np.float32]
 Batch = tuple[Floats, Floats, Floats]
 """Inputs [batch, ...], targets [batch, outputs], weights of the images [batch]."""
 
+NO_IMAGE = -1.0
+"""Target of a place in a batch that holds no image (`shares.Share.fill`): no metric counts it."""
+
 FOCUS = 2.0
 """Lin et al. found 2 to be the best exponent of the focal loss (table 1b)."""
 
@@ -133,9 +136,13 @@ def build_accuracy(outputs: int) -> keras.metrics.Metric:
         agree = keras.ops.equal(targets > 0.5, logits > 0)
         return keras.ops.mean(keras.ops.cast(agree, "float32"), axis=-1)
 
-    if outputs == 1:
-        return keras.metrics.MeanMetricWrapper(right, name="accuracy")
-    return keras.metrics.CategoricalAccuracy(name="accuracy")
+    class Accuracy(keras.metrics.MeanMetricWrapper):  # type: ignore[misc]
+        def update_state(self, targets: Any, logits: Any, sample_weight: Any = None) -> None:
+            # Every image counts the same, whatever it weighs in the loss.
+            is_image = keras.ops.cast(targets[:, 0] != NO_IMAGE, "float32")
+            super().update_state(targets, logits, sample_weight=is_image)
+
+    return Accuracy(right if outputs == 1 else keras.metrics.categorical_accuracy, name="accuracy")
 
 
 def encode_targets(labels: npt.NDArray[np.int64], outputs: int, smoothing: float = 0.0) -> Floats:

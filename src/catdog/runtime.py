@@ -166,15 +166,13 @@ def jit_compile(xla: Xla, *, trains: bool = False) -> bool:
 
 
 @contextlib.contextmanager
-def distribution(*, uneven_batches: bool = False) -> Iterator[int]:
-    """Shares the work of the models built inside the block among all local devices, where there are several.
+def distribution() -> Iterator[int]:
+    """Shares the work of the models built inside the block among all devices, where there are several.
 
     Build, compile and run the model inside; each device holds a copy and takes a part of every batch
-    (tf.distribute.MirroredStrategy, keras.distribution.DataParallel). With one device nothing changes.
-
-    Args:
-        uneven_batches: the work has batches that cannot be divided evenly, as `fit` has at the end of an epoch. JAX
-            refuses them, and then runs on one device.
+    (tf.distribute.MirroredStrategy, keras.distribution.DataParallel). With one device nothing changes. In a job of
+    several workers (`workers`) all devices of all workers share it, and each process gives its own part of a batch.
+    Batches must be divisible by the number of devices: `shares.Share` makes them so.
 
     Yields:
         The number of devices.
@@ -186,8 +184,11 @@ def distribution(*, uneven_batches: bool = False) -> Iterator[int]:
     if count > 1 and backend == "tensorflow":
         with _mirrored_strategy().scope():
             yield count
-    elif count > 1 and not uneven_batches:
-        with keras.distribution.DataParallel(devices=keras.distribution.list_devices()).scope():
+    elif count > 1:
+        # Keras itself could only divide a data set whose batches are all of one known size.
+        with keras.distribution.DataParallel(
+            devices=keras.distribution.list_devices(), auto_shard_dataset=False
+        ).scope():
             yield count
     else:
         yield 1
@@ -204,7 +205,7 @@ def _mirrored_strategy() -> Any:
 def device_count() -> int:
     """Returns how many devices `distribution` shares the work among: the GPUs or TPUs, else 1 for the CPU.
 
-    A CPU counts more than once only where it was split into logical devices.
+    A CPU counts more than once only where it was split into logical devices, and once for every worker of a job.
     """
     import keras
 
@@ -243,7 +244,7 @@ def device_name() -> str:
         found = _accelerators(kind)
         if found:
             return f"{kind}: {_accelerator_model()} x {len(found)}"
-    return f"cpu: {_cpu_model()}, {os.cpu_count()} cores"
+    return f"cpu: {processor_name()}, {os.cpu_count()} cores"
 
 
 def _accelerator_model() -> str:
@@ -309,7 +310,8 @@ def _gpu_memory() -> int | None:
         pynvml.nvmlShutdown()
 
 
-def _cpu_model() -> str:
+def processor_name() -> str:
+    """Returns the model of the CPU, e.g. "AMD EPYC 7B13"."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
