@@ -5,30 +5,19 @@ import os
 import time
 
 from catdog import paths
-from catdog.archives import open_archive
+from catdog.compute import open_compute
 from catdog.files import read_json, read_manifest
+from catdog.preprocessing import open_encoder, open_writer
 from catdog.progress import progress
-from catdog.records import (
-    ImageRow,
-    encode_record,
-    images_per_shard,
-    map_shards,
-    mean_record_bytes,
-    plan_shards,
-    write_index,
-    write_shard,
-)
-from catdog.runtime import prepare_keras
+from catdog.records import ImageRow, images_per_shard, mean_record_bytes, plan_shards, write_index
 from catdog.tracking import log_data_hash, stage
 
 
 def main() -> None:
     """Runs the stage."""
-    with stage("preprocess") as run, open_archive(paths.RAW) as archive:
+    with stage("preprocess") as run:
         log_data_hash(run, paths.MANIFEST)
         params = run.params.preprocess
-        workers = os.cpu_count() or 1
-        prepare_keras(run.params.seed)
         classes = read_json(paths.DATA_REPORT)["classes"]
         number = {name: index for index, name in enumerate(classes)}
         # As text: a class may be called 1 or NA.
@@ -40,21 +29,15 @@ def main() -> None:
                 ImageRow(path, number[label]) for path, label in zip(of_split["path"], of_split["label"], strict=True)
             ]
         images = [row for split in paths.SPLITS for row in rows[split]]
-        encode = functools.partial(
-            encode_record,
-            archive=archive,
-            classes=classes,
-            size=params.image_size,
-            mode=params.resize,
-            quality=params.jpeg_quality,
-            max_pixels=run.params.split.max_megapixels * 1e6,
-        )
+        encode = open_encoder(paths.RAW, run.params, classes)
         started = time.monotonic()
-        record_bytes = mean_record_bytes(images, encode, workers=workers)
+        record_bytes = mean_record_bytes(images, encode, workers=os.cpu_count() or 1)
         limit = images_per_shard(len(images), record_bytes, params.shard_megabytes * 1e6)
         shards = [shard for split in paths.SPLITS for shard in plan_shards(split, rows[split], limit)]
-        write = functools.partial(write_shard, folder=paths.TFRECORDS, encode=encode)
-        written = list(progress(map_shards(write, shards, workers=workers), "preprocess", len(shards), "shards"))
+        make = functools.partial(open_writer, paths.RAW, run.params, classes, folder=paths.TFRECORDS)
+        with open_compute(run.params.compute, paths.TFRECORDS) as compute, compute.workers(make, "cpu") as write_all:
+            run.note(compute.facts("cpu"))
+            written = list(progress(write_all(shards), "preprocess", len(shards), "shards"))
         seconds = time.monotonic() - started
         write_index(paths.TFRECORDS, written, classes, size=params.image_size)
         rate = len(images) / seconds

@@ -141,10 +141,14 @@ def test_every_parameter_named_exists(name):
             place = place[part]
 
 
-def parameters_read(script: Path) -> set[str]:
+# Modules that a stage gives all of its parameters, as `params`.
+GIVEN_PARAMS = {"preprocess": "preprocessing", "embed": "embedding"}
+
+
+def parameters_read(script: Path, whole: str = "run.params") -> set[str]:
     """Dotted names of `run.params...` in a stage script, also through `params = run.params.block`."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
-    prefix = {"run.params": "", "params": None}
+    prefix = {"params": None, whole: ""}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "params":
             prefix["params"] = ast.unparse(node.value).removeprefix("run.params").lstrip(".")
@@ -168,12 +172,18 @@ def test_every_parameter_that_the_script_reads_is_named(name):
         assert params_of(stage) == ["dataset", "split.file", "split.exclude"]
         return
     read = parameters_read(ROOT / "stages" / f"{name}.py")
+    if name in GIVEN_PARAMS:
+        given = parameters_read(SOURCE / "catdog" / f"{GIVEN_PARAMS[name]}.py", "params")
+        assert {"preprocess", "embed"} & given
+        read |= given
     assert read, "a stage reads parameters"
     known = [entry.replace(".", "/") for entry in params_of(stage)]
-    # No output holds them: download only checks that the weights are there, and these stages draw nothing.
+    # No output holds them: download only checks that the weights are there, these stages draw nothing, and where they
+    # compute makes no difference.
     harmless = {
         "download": {"backbone", "weights"},
-        "preprocess": {"seed"},
+        "preprocess": {"seed", "compute"},
+        "embed": {"compute"},
         "train": {"model_dump"},
         "evaluate": {"seed", "embed.batch_size"},
     }.get(name, set())

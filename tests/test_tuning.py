@@ -406,6 +406,42 @@ def test_oracle_goes_on_in_another_process_as_it_would_have(method, before, afte
         assert other._random_state.uniform() == oracle._random_state.uniform()
 
 
+def ask_in_waves(oracle, count, most):
+    """Like `ask`, but with several trials open at a time; returns also how many there were in each wave."""
+    values, sizes = [], []
+    while len(values) < count and (wave := tuning.ask(oracle, min(most, count - len(values)))):
+        assert tuning.open_trials_of(oracle) == wave
+        sizes.append(len(wave))
+        for trial_id in wave:
+            tried = oracle.trials[trial_id].hyperparameters.values
+            values.append(dict(tried))
+            loss = abs(np.log10(tried["learning_rate"]) + 2.5) + tried["dropout"] + 1 / tried.get("tuner/epochs", 1)
+            tuning.tell(oracle, trial_id, None if tried["optimizer"] == "sgd" else loss)
+    return values, sizes
+
+
+def comparable(oracle):
+    state = json.loads(json.dumps(tuning.oracle_state(oracle)))
+    state["own"]["tried_so_far"].sort()  # a set
+    return state
+
+
+@pytest.mark.parametrize("most", [1, 4, 100])
+@pytest.mark.parametrize(("method", "count"), [("random", 30), ("hyperband", 46), ("bayesian", 24)])
+def test_trials_that_run_at_once_are_those_that_would_run_one_by_one(method, count, most):
+    """Also where some fail, which makes Hyperband's rounds shorter."""
+    tuned = settings(optimizer=["adam", "sgd", "adamw", "momentum"], trials=count, method=method)
+    plan = plan_search(tuned, 0)
+    one_by_one, waves = build_oracle(tuned, plan), build_oracle(tuned, plan)
+    expected, _ = ask_in_waves(one_by_one, count, 1)
+    values, sizes = ask_in_waves(waves, count, most)
+    assert values == expected
+    assert comparable(waves) == comparable(one_by_one)
+    if method != "hyperband":
+        assert values == ask(build_oracle(tuned, plan), count)
+    assert max(sizes) == min(most, {"random": 30, "hyperband": 9, "bayesian": 15}[method])
+
+
 def test_bayesian_search_tries_nothing_twice():
     """Left alone, Keras Tuner's oracle asks for the best place again and again."""
     rates, dropouts = [0.001, 0.002, 0.003, 0.004, 0.005], [0.0, 0.1, 0.2, 0.3]

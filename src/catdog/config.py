@@ -287,6 +287,7 @@ class Params(_Block):
     dataset: str = Field("sample", min_length=1)
     backbone: str = "mobilenetv2"
     weights: str = Field("imagenet", min_length=1)
+    compute: Literal["local", "ray"] = "local"
     download: DownloadParams
     split: SplitParams
     preprocess: PreprocessParams

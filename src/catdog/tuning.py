@@ -11,6 +11,7 @@ key says what went into it. A killed search goes on there, and ends as if it had
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,6 +34,7 @@ import pandas as pd
 
 from catdog import paths
 from catdog.checkpoints import Checkpoints, run_key
+from catdog.compute import MapItems, open_compute
 from catdog.config import Params, TrainParams, TuneParams, load_params, parse_range, validate_params
 from catdog.errors import CatdogError
 from catdog.features import FeatureSet, open_features
@@ -278,8 +280,9 @@ def tune(
             flush=True,
         )
         if search.left:
-            # Into memory once for all trials.
-            search.run(_Data(train, val, classes, gather(train, val)))
+            make = functools.partial(open_trials, folder, params, classes, plan, place / "weights")
+            with open_compute(params.compute, place) as compute, compute.workers(make, "device") as run_trials:
+                search.run(run_trials, compute.facts("device"), at_once=1 if compute.is_local else plan.trials)
         if search.exhausted and len(search.rows) < plan.trials:
             print(f"tune: after {len(search.rows)} trials, {plan.method} search found nothing else to try")
         table = pd.DataFrame(search.rows[: plan.trials], columns=list(_COLUMNS))
@@ -433,15 +436,21 @@ class _Search:
         """Number of trials to come, at most."""
         return 0 if self.exhausted else max(0, self.plan.trials - len(self.rows))
 
-    def run(self, data: _Data) -> None:
-        """Runs the trials that are left."""
+    def run(self, run_trials: MapItems[Trial, Outcome], facts: Mapping[str, str], *, at_once: int) -> None:
+        """Runs the trials that are left.
+
+        Args:
+            run_trials: fits heads, see `open_trials`.
+            facts: where it does so, for the tags of the parent run.
+            at_once: number of trials to ask the oracle for before it is told their results, at most.
+        """
         from catdog.progress import progress
 
         self.parent_run = self.runs.open_parent(self.parent_run, len(self.rows), self._description())
         self._save()
         status = "FAILED"
         try:
-            for _ in progress(self._trials(data), "tune", self.left, "trials"):
+            for _ in progress(self._trials(run_trials, at_once), "tune", self.left, "trials"):
                 pass
             status = "FINISHED"
         except (SystemExit, KeyboardInterrupt):
@@ -452,7 +461,8 @@ class _Search:
             )
             raise
         finally:
-            self.runs.end_parent(self.parent_run, status, *self._summary())
+            metrics, tags = self._summary()
+            self.runs.end_parent(self.parent_run, status, metrics, {**tags, **facts})
         # Hyperband has nothing more to train on.
         shutil.rmtree(self.folder / "weights", ignore_errors=True)
 
@@ -474,58 +484,32 @@ class _Search:
         tags = {f"best.{name}": value for name, value in _overrides(best, None).items()}
         return metrics, tags | {"best.trial": f"trial {best['trial']}"}
 
-    def _trials(self, data: _Data) -> Iterator[None]:
+    def _trials(self, run_trials: MapItems[Trial, Outcome], at_once: int) -> Iterator[None]:
         while self.left:
-            with _quiet_oracle():
-                trial = self.oracle.create_trial("catdog")
-            if trial.status == "STOPPED":
+            # Those that a search on a cluster had open when it was cut off come first.
+            wave = open_trials_of(self.oracle) or ask(self.oracle, min(at_once, self.left))
+            if not wave:
                 self.exhausted = True
                 self._save()
                 return
-            row = self._run_trial(dict(trial.hyperparameters.values), data)
-            finished = row["status"] == "finished"
-            trial.status = "COMPLETED" if finished else "FAILED"
-            with _quiet_oracle():
-                if finished:
-                    self.oracle.update_trial(trial.trial_id, {"val_loss": row["val_loss"]})
-                self.oracle.end_trial(trial)
-            self.rows.append(row)
-            self._save()
-            yield
+            first = len(self.rows) + 1
+            trials = [
+                Trial(number, train_params(self._values(trial_id), self.params.train, self.settings, self.plan))
+                for number, trial_id in enumerate(wave[: self.left], start=first)
+            ]
+            outcomes = iter(run_trials(trials))
+            for trial_id, trial in zip(wave, trials, strict=False):
+                row: dict[str, Any] = {"trial": trial.number, **_described(trial.train)}
+                with self.runs.trial(self.parent_run, trial.number, _overrides(row, None)) as measured:
+                    row |= next(outcomes)
+                    measured.update(row)
+                tell(self.oracle, trial_id, row["val_loss"] if row["status"] == "finished" else None)
+                self.rows.append(row)
+                self._save()
+                yield
 
-    def _run_trial(self, values: Mapping[str, Any], data: _Data) -> dict[str, Any]:
-        """Fits a head and returns the trial's row."""
-        from catdog.model import build_head
-        from catdog.runtime import full_precision
-        from catdog.training import best_epoch
-
-        train = train_params(values, self.params.train, self.settings, self.plan)
-        row: dict[str, Any] = {"trial": len(self.rows) + 1, **_described(train)}
-        with self.runs.trial(self.parent_run, row["trial"], _overrides(row, None)) as measured:
-            started = time.monotonic()
-            try:
-                with full_precision():
-                    head = build_head(data.train.size, data.classes, train, self.params.seed)
-                history = data.fit(head, train, self.params.seed, self._checkpoints(train))
-            except CatdogError as error:
-                # The parameters fit together, so it diverged.
-                row |= {"status": "failed", "error": str(error)}
-            else:
-                best = best_epoch(history)
-                row |= {"status": "finished", "error": "", "best_epoch": int(best["epoch"])}
-                row |= {name: float(best[name]) for name in ("val_loss", "val_accuracy")}
-            row["seconds"] = round(time.monotonic() - started, 3)
-            measured.update(row)
-        return row
-
-    def _checkpoints(self, train: TrainParams) -> Checkpoints:
-        """Where Hyperband keeps the state of a training, so that a longer trial goes on with it."""
-        # A cosine of more epochs is another one from the first step on.
-        if self.plan.method != "hyperband" or train.schedule != "constant":
-            return Checkpoints(None)
-        settings = train.model_dump(mode="json", exclude={"epochs"})
-        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-        return Checkpoints(self.folder / "weights" / name, seconds_between=math.inf)
+    def _values(self, trial_id: str) -> dict[str, Any]:
+        return dict(self.oracle.trials[trial_id].hyperparameters.values)
 
     def _save(self) -> None:
         own = {"parent_run": self.parent_run, "rows": self.rows, "exhausted": self.exhausted}
@@ -620,6 +604,65 @@ def restore_oracle(oracle: Any, state: Mapping[str, Any]) -> None:
     oracle.set_state(state["own"])
 
 
+def ask(oracle: Any, most: int) -> list[str]:
+    """Asks for trials that may run at once: the next that do not depend on the result of one another.
+
+    Asked for one at a time, with the result of each told before the next, the oracle would choose the same. Random
+    search: all are such. Hyperband: those of one round of a bracket. Bayesian: the random ones at the beginning.
+
+    Args:
+        oracle: from `build_oracle`.
+        most: trials at most, 1 or above.
+
+    Returns:
+        Their identifiers, by which `oracle.trials` has them; none where nothing is left to try.
+    """
+    wave: list[str] = []
+    with _quiet_oracle():
+        while len(wave) < most and not (wave and _waits_for_results(oracle)):
+            before = json.dumps(oracle_state(oracle)) if wave else ""
+            trial = oracle.create_trial(f"catdog {len(oracle.trials)}")
+            if trial.status == "RUNNING" and (not wave or _round(trial) == _round(oracle.trials[wave[0]])):
+                wave.append(trial.trial_id)
+                continue
+            if wave:
+                # Too early: with the results, it may choose otherwise.
+                restore_oracle(oracle, json.loads(before))
+            break
+    return wave
+
+
+def _waits_for_results(oracle: Any) -> bool:
+    """Says whether a Bayesian oracle may have enough results for a model of them, once the open trials have ended."""
+    import keras_tuner
+
+    if not isinstance(oracle, keras_tuner.oracles.BayesianOptimizationOracle):
+        return False
+    # As in its populate_space.
+    enough = oracle.num_initial_points or max(3 * len(oracle.hyperparameters.space), 3)
+    return sum(trial.status in ("COMPLETED", "RUNNING") for trial in oracle.trials.values()) >= enough
+
+
+def _round(trial: Any) -> list[Any]:
+    """Tells a Hyperband trial's round from others."""
+    return [trial.hyperparameters.values.get(f"tuner/{name}") for name in ("bracket", "round")]
+
+
+def open_trials_of(oracle: Any) -> list[str]:
+    """Returns the identifiers of trials that the oracle was asked for and has no result of, in order."""
+    return [trial_id for trial_id in oracle.start_order if oracle.trials[trial_id].status == "RUNNING"]
+
+
+def tell(oracle: Any, trial_id: str, val_loss: float | None) -> None:
+    """Tells the result of a trial, in the order in which they were asked for; None: it failed."""
+    trial = oracle.trials[trial_id]
+    trial.status = "FAILED" if val_loss is None else "COMPLETED"
+    with _quiet_oracle():
+        if val_loss is not None:
+            oracle.update_trial(trial_id, {"val_loss": val_loss})
+        oracle.end_trial(trial)
+
+
 def _short(value: float, low: float, high: float) -> float:
     """Rounds to two significant digits, inside the range."""
     return min(max(float(f"{value:.2g}"), low), high)
@@ -706,6 +749,79 @@ def _overrides(row: Mapping[Any, Any], base: TrainParams | None) -> dict[str, st
 def _override_text(value: Any) -> str:
     # From a table, numbers are NumPy's.
     return value if isinstance(value, str) else json.dumps(getattr(value, "item", lambda: value)())
+
+
+# --- one trial --------------------------------------------------------------------------------------------------------
+
+Outcome = dict[str, Any]
+"""The columns of a row that a trial measured: status, error, seconds, and where it finished the others."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A head to fit."""
+
+    number: int  # from 1
+    train: TrainParams
+
+    @property
+    def name(self) -> str:
+        """What it is called in a message."""
+        return f"trial {self.number}"
+
+
+def open_trials(features: Path, params: Params, classes: int, plan: Plan, weights: Path) -> Callable[[Trial], Outcome]:
+    """Takes the features of train and val into memory, where they fit; returns what runs a trial on them.
+
+    Args:
+        features: the folder with them.
+        params: of the pipeline.
+        classes: their number.
+        plan: of the search.
+        weights: the folder in which Hyperband keeps the state of each training, so that a longer trial goes on with it.
+    """
+    from catdog.runtime import prepare_keras
+
+    prepare_keras(params.seed, precision=params.runtime.precision)
+    train, val = open_features(features, "train", views=True), open_features(features, "val")
+    data = _Data(train, val, classes, gather(train, val))
+
+    def run(trial: Trial) -> Outcome:
+        return _run_trial(trial.train, data, params.seed, _checkpoints(trial.train, plan, weights))
+
+    return run
+
+
+def _run_trial(train: TrainParams, data: _Data, seed: int, checkpoints: Checkpoints) -> Outcome:
+    """Fits a head, and returns what came out."""
+    from catdog.model import build_head
+    from catdog.runtime import full_precision
+    from catdog.training import best_epoch
+
+    started = time.monotonic()
+    outcome: Outcome
+    try:
+        with full_precision():
+            head = build_head(data.train.size, data.classes, train, seed)
+        history = data.fit(head, train, seed, checkpoints)
+    except CatdogError as error:
+        # The parameters fit together, so it diverged.
+        outcome = {"status": "failed", "error": str(error)}
+    else:
+        best = best_epoch(history)
+        outcome = {"status": "finished", "error": "", "best_epoch": int(best["epoch"])}
+        outcome |= {name: float(best[name]) for name in ("val_loss", "val_accuracy")}
+    return outcome | {"seconds": round(time.monotonic() - started, 3)}
+
+
+def _checkpoints(train: TrainParams, plan: Plan, weights: Path) -> Checkpoints:
+    """Where the state of a training is kept, if a longer one can go on with it."""
+    # A cosine of more epochs is another one from the first step on.
+    if plan.method != "hyperband" or train.schedule != "constant":
+        return Checkpoints(None)
+    settings = train.model_dump(mode="json", exclude={"epochs"})
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    return Checkpoints(weights / name, seconds_between=math.inf)
 
 
 @dataclass(frozen=True)

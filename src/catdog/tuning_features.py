@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,57 +98,52 @@ def features_of(root: Path, params: Params, variant: Params) -> Path:
         "engine": engine,
         "shards": {shard.name: checksums[shard.name] for shard in shards},
     }
-    code = ("augment", "backbones", "features", "images", "inference", "model", "records", "runtime", "weights")
-    folder = root / paths.TUNING_FEATURES / run_key(facts, [Path(__file__).with_name(f"{name}.py") for name in code])
+    code = ("augment", "backbones", "embedding", "features", "images", "inference", "model", "records", "runtime")
+    files = [Path(__file__).with_name(f"{name}.py") for name in (*code, "weights")]
+    folder = root / paths.TUNING_FEATURES / run_key(facts, files)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):  # where `catdog clean` looks for it
         if not (folder / paths.FEATURES_INFO.name).exists():
             verify_shards(root / paths.TFRECORDS, SPLITS)
-            _embed(root, variant, shards, folder, engine)
+            _embed(root, variant, shards, folder)
     return folder
 
 
-def _embed(root: Path, params: Params, shards: Sequence[Path], folder: Path, engine: Any) -> None:
+def _embed(root: Path, params: Params, shards: Sequence[Path], folder: Path) -> None:
     """Does what the embed stage does, for some shards, those that are there already left out."""
-    from tqdm import tqdm
+    from catdog.compute import open_compute
+    from catdog.embedding import EmbedTask, embed_all
 
-    from catdog.augment import build_augmentation
-    from catdog.backbones import build_backbone, get_backbones
-    from catdog.features import embed_copy, embed_shard, reporting
-    from catdog.inference import compile_forward
-    from catdog.model import build_extractor
-    from catdog.runtime import distribution
-    from catdog.weights import load_all
-
-    embed, augment = params.embed, params.augment
     report = read_json(root / paths.PREPROCESS_REPORT)
-    size = report["image_size"]
-    backbones = get_backbones(params.backbone)
-    with distribution():
-        networks = [build_backbone(backbone, size) for backbone in backbones]
-        load_all(networks, backbones, params.weights, pretrained_dir=root / paths.PRETRAINED, root=root)
-        extractor = build_extractor(networks, backbones, size, embed.pooling)
-        forward = compile_forward(extractor, engine, batch_size=embed.batch_size, xla=params.runtime.xla)
-    augmentation = build_augmentation(augment, size, params.seed)
-    images = report["images"]
-    total = images["val"] + (1 + augment.views) * images["train"]
+    images, views = report["images"], params.augment.views
     print(
         f"tune: computing the features of {params.backbone} for {images['train'] + images['val']:,} images", flush=True
     )
-    with tqdm(desc="embed", total=total, unit=" images", disable=not sys.stderr.isatty()) as bar:
-        counted = reporting(forward, bar.update)
-        for shard in shards:
-            labels = folder / f"{shard.stem}.labels.npy"  # written last
-            if labels.exists():
-                bar.update(len(np.load(labels)))
+    tasks, done = [], 0
+    for shard in shards:
+        labels = folder / f"{shard.stem}.labels.npy"  # written last
+        if labels.exists():
+            done += len(np.load(labels))
+        else:
+            tasks.append(EmbedTask(shard))
+        for view in range(1, views + 1) if shard.name.startswith("train-") else ():
+            copy = folder / f"{shard.stem}.view-{view:03d}.npy"
+            if copy.exists():
+                done += len(np.load(copy, mmap_mode="r"))
             else:
-                embed_shard(shard, folder, counted, batch_size=embed.batch_size)
-            for view in range(1, augment.views + 1) if shard.name.startswith("train-") else ():
-                copy = folder / f"{shard.stem}.view-{view:03d}.npy"
-                if copy.exists():
-                    bar.update(len(np.load(copy, mmap_mode="r")))
-                    continue
-                settings = {"view": view, "seed": params.seed, "batch_size": embed.batch_size}
-                embed_copy(shard, folder, counted, augmentation, **settings)
-    described = {"backbone": params.backbone, "weights": params.weights, "pooling": embed.pooling}
-    write_json(folder / paths.FEATURES_INFO.name, described | {"views": augment.views})
+                tasks.append(EmbedTask(shard, view))
+    if tasks:
+        with open_compute(params.compute, folder) as compute:
+            embed_all(
+                tasks,
+                compute,
+                params,
+                size=report["image_size"],
+                pretrained=root / paths.PRETRAINED,
+                root=root,
+                folder=folder,
+                passes=images["val"] + (1 + views) * images["train"],
+                done=done,
+            )
+    described = {"backbone": params.backbone, "weights": params.weights, "pooling": params.embed.pooling}
+    write_json(folder / paths.FEATURES_INFO.name, described | {"views": views})
