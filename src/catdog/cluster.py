@@ -29,7 +29,7 @@ from typing import Any
 import catdog
 from catdog.errors import CatdogError
 from catdog.files import write_text
-from catdog.runtime import processor_name, notices_held_back
+from catdog.runtime import notices_held_back, processor_name
 
 SECONDS_TO_ANSWER = 5.0
 """How long the cluster's address may take to accept a connection."""
@@ -41,6 +41,7 @@ _SECONDS_TO_APPEAR = 5.0
 # Each library by the names of the packages that bring it.
 _LIBRARIES = {
     "numpy": ("numpy",),
+    "simplejpeg": ("simplejpeg",),
     "opencv": ("opencv-python-headless", "opencv-python"),
     "pillow": ("pillow",),
     "tensorflow": ("tensorflow", "tensorflow-cpu"),

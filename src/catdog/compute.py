@@ -30,6 +30,8 @@ DEATHS = 3
 """An item at which so many workers died is given up."""
 AHEAD = 4
 """Items under way or waiting to be yielded, at most, for each worker."""
+NODE_THREADS = 2
+"""Items at a time for a local worker that has the whole machine: one is opened while the other computes."""
 _SECONDS_SILENT = 30.0
 
 
@@ -84,7 +86,7 @@ def open_compute(kind: Literal["local", "ray"], folder: Path) -> Iterator[Comput
 
 
 class Local:
-    """This process: a pool of threads where a worker takes one processor, else one worker."""
+    """This process: one worker, whose function several threads share."""
 
     is_local = True
 
@@ -92,10 +94,8 @@ class Local:
     def workers(self, make: MakeWorker[Item, Result], share: Share) -> Iterator[MapItems[Item, Result]]:
         """Sets the one worker up, whose function the threads share."""
         function = make()
-        if share == "cpu":
-            yield lambda items: map_shards(function, items, workers=os.cpu_count() or 1)
-        else:
-            yield lambda items: map(function, items)
+        threads = {"cpu": os.cpu_count() or 1, "device": 1, "node": NODE_THREADS}[share]
+        yield lambda items: map_shards(function, items, workers=threads) if threads > 1 else map(function, items)
 
     def facts(self, share: Share) -> dict[str, str]:
         """Says that it was done here."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -97,20 +99,25 @@ def open_embedder(
         device_facts(xla),
     )
     augmentation = build_augmentation(params.augment, size, params.seed)
+    # Two shards at a time are for OpenVINO: a GPU has no use for it, and layers that vary pictures keep their seeds in
+    # themselves.
+    taking_turns = threading.Lock()
 
     def embed(task: EmbedTask) -> Embedded:
-        if task.view:
-            images = embed_copy(
-                task.shard,
-                folder,
-                forward,
-                augmentation,
-                view=task.view,
-                seed=params.seed,
-                batch_size=settings.batch_size,
-            )
-        else:
-            images = embed_shard(task.shard, folder, forward, batch_size=settings.batch_size)
+        alone = engine != "openvino" or task.view > 0
+        with taking_turns if alone else contextlib.nullcontext():
+            if task.view:
+                images = embed_copy(
+                    task.shard,
+                    folder,
+                    forward,
+                    augmentation,
+                    view=task.view,
+                    seed=params.seed,
+                    batch_size=settings.batch_size,
+                )
+            else:
+                images = embed_shard(task.shard, folder, forward, batch_size=settings.batch_size)
         return Embedded(images, network)
 
     return embed
