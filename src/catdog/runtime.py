@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from catdog.startup import quick_imports
+from catdog.startup import quick_imports, without
 
 Precision = Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"]
 Xla = Literal["auto", "always", "never"]
@@ -31,12 +31,15 @@ def prepare_keras(seed: int, *, precision: Precision = "auto") -> None:
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with quick_imports(), notices_held_back():
-        import keras
+        # Where they are installed, TensorFlow Lite imports JAX, and Keras scikit-learn and Matplotlib, for functions of
+        # theirs that are not used here: a third of the time.
+        with without("jax"):
+            import tensorflow as tf  # Keras would, whatever its backend
+        with without("sklearn", "matplotlib"):
+            import keras
 
         backend = keras.backend.backend()
         if backend == "tensorflow":
-            import tensorflow as tf
-
             tf.config.experimental.enable_op_determinism()
             tf.zeros(())  # the first operation writes the notice once more
         elif backend == "jax":

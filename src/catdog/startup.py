@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
 
 
@@ -21,3 +22,15 @@ def quick_imports() -> Iterator[None]:
     finally:
         gc.enable()
         gc.freeze()
+
+
+@contextlib.contextmanager
+def without(*modules: str) -> Iterator[None]:
+    """Makes the block believe that these modules are not installed, but for those that were imported before."""
+    hidden = [module for module in modules if module not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for module in hidden:
+            del sys.modules[module]
