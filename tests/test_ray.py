@@ -19,7 +19,6 @@ from catdog import cluster as cluster_module
 from catdog import paths
 from catdog.cluster import describe_machine, join_cluster, require_same_machine
 from catdog.compute import AHEAD, DEATHS, Cluster, open_compute
-from catdog.config import load_params
 from catdog.embedding import Network, require_one_network
 from catdog.errors import CatdogError
 from catdog.files import sha256_of
@@ -189,13 +188,13 @@ def test_item_of_a_killed_worker_is_done_again(compute, tmp_path, capsys):
     assert "died; item-3 is done again" in capsys.readouterr().err
 
 
-def test_items_of_a_node_that_goes_are_done_elsewhere(nodes, tmp_path, capsys):
+def test_items_of_a_node_that_goes_are_done_elsewhere(compute, nodes, tmp_path, capsys):
     import ray
 
     third = nodes.add_node(**NODE)
     entries = {entry["NodeID"]: entry for entry in ray.nodes() if entry["Alive"]}
     both = [entries[third.node_id], entries[nodes.head_node.node_id]]
-    compute = Cluster([cluster_module._node(entry) for entry in both])
+    with_third = Cluster([cluster_module._node(entry) for entry in both])
     third_id = third.node_id
 
     def make():
@@ -208,7 +207,8 @@ def test_items_of_a_node_that_goes_are_done_elsewhere(nodes, tmp_path, capsys):
 
         def work(item):
             (Path(tmp_path) / f"{item.name}-{time.monotonic_ns()}").write_text(here)
-            while here == third_id:
+            # The third node never ends; the head waits until it has begun.
+            while here == third_id or not any(mark.read_text() == third_id for mark in Path(tmp_path).iterdir()):
                 time.sleep(0.05)
             return item.rows[0].label
 
@@ -223,12 +223,13 @@ def test_items_of_a_node_that_goes_are_done_elsewhere(nodes, tmp_path, capsys):
 
     remover = threading.Thread(target=remove_when_at_work)
     remover.start()
-    with compute.workers(make, "cpu") as work_all:
+    with with_third.workers(make, "cpu") as work_all:
         assert list(work_all(FEW)) == list(range(12))
     remover.join()
     (lost,) = taken()
     assert f"{lost.name.rpartition('-')[0]} is done again" in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == len(FEW) + 1
+    wait_until(lambda: sum(entry["Alive"] for entry in ray.nodes()) == 2)  # for the tests that follow
 
 
 def test_item_that_kills_every_worker_is_named(compute, tmp_path):
@@ -521,4 +522,3 @@ def test_search_that_was_killed_on_a_cluster_goes_on_without_it(root, nodes):  #
     set_params(root, {"compute": "local"})
     study = search(root, method="random", trials=8)
     pd.testing.assert_frame_equal(without_times(study), without_times(expected))
-    assert load_params(root / "params.yaml").compute == "local"

@@ -187,20 +187,21 @@ def _check_nodes(folder: Path) -> list[Node]:
             look.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote(token.resolve())
             for place in places
         ]
-        answers = [_answer(node, reference) for node, reference in zip(nodes, asked, strict=True)]
+        answers = [(node, _answer(node, reference)) for node, reference in zip(nodes, asked, strict=True)]
     finally:
         token.unlink(missing_ok=True)
     own = describe_machine(None)
-    for node, answer in zip(nodes, answers, strict=True):
+    living = [(node, answer) for node, answer in answers if answer is not None]
+    for node, answer in living:
         require_same_machine(own, answer, node.name, folder)
-    processors = {own["processor"], *(answer["processor"] for answer in answers)}
+    processors = {own["processor"], *(answer["processor"] for _, answer in living)}
     if len(processors) > 1:
         print(
             f"cluster: its processors differ ({'; '.join(sorted(processors))}), and so may the last digits of what "
             "they compute",
             file=sys.stderr,
         )
-    return nodes
+    return [node for node, _ in living]
 
 
 def _node(entry: Mapping[str, Any]) -> Node:
@@ -209,7 +210,8 @@ def _node(entry: Mapping[str, Any]) -> Node:
     return Node(entry["NodeID"], name, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
 
 
-def _answer(node: Node, reference: Any) -> dict[str, str]:
+def _answer(node: Node, reference: Any) -> dict[str, str] | None:
+    """What a node says of itself; None where it has died since it was listed."""
     import ray
 
     try:
@@ -220,6 +222,8 @@ def _answer(node: Node, reference: Any) -> dict[str, str]:
             "or take it out of the cluster"
         ) from None
     except ray.exceptions.RayError as error:
+        if not is_alive(node):
+            return None
         if "No module named 'catdog'" in str(error):
             raise CatdogError(
                 f"node {node.name} of the Ray cluster does not see {_source()}; share the working directory with it, "
@@ -230,6 +234,13 @@ def _answer(node: Node, reference: Any) -> dict[str, str]:
             "take it out of the cluster"
         ) from None
     return answer
+
+
+def is_alive(node: Node) -> bool:
+    """Says whether the cluster still counts on a node; it takes about 10 seconds to notice that one died."""
+    import ray
+
+    return any(entry["Alive"] and entry["NodeID"] == node.id for entry in ray.nodes())
 
 
 def last_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from catdog.cluster import Node, join_cluster, last_line
+from catdog.cluster import Node, is_alive, join_cluster, last_line
 from catdog.errors import CatdogError
 from catdog.records import map_shards
 
@@ -260,7 +260,7 @@ class _Crew(Generic[Item, Result]):
                     f"{task.item.name} killed its worker {DEATHS} times, at last on {node.name} ({cause}); too "
                     "little memory may be to blame, and Ray's logs on that node say more"
                 )
-        alive = any(entry["Alive"] and entry["NodeID"] == node.id for entry in ray.nodes())
+        alive = is_alive(node)
         lost = "died" if alive else "is gone with its node"
         then = f"; {task.item.name} is done again" if task is not None else ""
         print(f"cluster: a worker on {node.name} {lost}{then}", file=sys.stderr)
