@@ -394,7 +394,8 @@ def test_stages_on_a_cluster_write_the_same_bytes_though_a_worker_is_killed(proj
         stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
         assert stdout.startswith(f"{name}: ")
-        assert [line for line in stderr.splitlines() if not line.startswith("cluster: a worker on ")] == []
+        told = ("cluster: a worker on ", "cluster: waiting for processors ")  # the latter where the machine is busy
+        assert [line for line in stderr.splitlines() if not line.startswith(told)] == []
         assert "is done again" in stderr
         run = project.store().last_child(name)
         assert run.info.status == "FINISHED"

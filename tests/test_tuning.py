@@ -427,7 +427,7 @@ def comparable(oracle):
 
 
 @pytest.mark.parametrize("most", [1, 4, 100])
-@pytest.mark.parametrize(("method", "count"), [("random", 30), ("hyperband", 46), ("bayesian", 24)])
+@pytest.mark.parametrize(("method", "count"), [("random", 30), ("hyperband", 46), ("bayesian", 18)])
 def test_trials_that_run_at_once_are_those_that_would_run_one_by_one(method, count, most):
     """Also where some fail, which makes Hyperband's rounds shorter."""
     tuned = settings(optimizer=["adam", "sgd", "adamw", "momentum"], trials=count, method=method)

@@ -31,15 +31,14 @@ def prepare_keras(seed: int, *, precision: Precision = "auto") -> None:
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with quick_imports(), notices_held_back():
-        # Where they are installed, TensorFlow Lite imports JAX, and Keras scikit-learn and Matplotlib, for functions of
-        # theirs that are not used here: a third of the time.
-        with without("jax"):
-            import tensorflow as tf  # Keras would, whatever its backend
+        # Keras imports these for functions that are not used here, which takes a sixth of the time.
         with without("sklearn", "matplotlib"):
             import keras
 
         backend = keras.backend.backend()
         if backend == "tensorflow":
+            import tensorflow as tf
+
             tf.config.experimental.enable_op_determinism()
             tf.zeros(())  # the first operation writes the notice once more
         elif backend == "jax":
