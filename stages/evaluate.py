@@ -12,7 +12,7 @@ from catdog.archives import open_archive, read_member
 from catdog.corruptions import collect_pictures
 from catdog.evaluation import LabelledPredictions, choose_images, compute_metrics, prediction_table
 from catdog.evaluation_page import write_report
-from catdog.evaluation_pictures import choose_galleries, draw_galleries, draw_tables
+from catdog.evaluation_pictures import choose_galleries, collect_galleries, draw_gallery, draw_tables, import_libraries
 from catdog.evaluation_tables import evaluation_tables, robustness_table
 from catdog.feature_map import MOST_IMAGES, feature_table, project, split_outputs, with_features
 from catdog.files import read_json, read_manifest, sha256_of, write_text
@@ -24,13 +24,14 @@ from catdog.model_card import write_model_card
 from catdog.records import RecordReader, shard_paths, verify_shards
 from catdog.report_content import ReportContent, describe_weights
 from catdog.runtime import device_facts, prepare_keras
+from catdog.second_process import second_process
 from catdog.slices import sharpness
 from catdog.tracking import StageRun, log_data_hash, stage
 
 
 def main() -> None:
     """Runs the stage."""
-    with stage("evaluate") as run:
+    with stage("evaluate") as run, second_process(import_libraries) as second:
         log_data_hash(run, paths.TFRECORDS)
         params, seed = run.params.evaluate, run.params.seed
         verify_shards(paths.TFRECORDS, ["test"])
@@ -53,7 +54,9 @@ def main() -> None:
             tuple(reader.paths), reader.labels, class_probabilities(output), info.class_names, info.threshold
         )
 
-        tables = evaluation_tables(
+        # Beside the heat maps, which Keras computes here, the other process judges and draws.
+        judged = second.submit(
+            evaluation_tables,
             predictions,
             read_manifest(paths.MANIFEST),
             np.concatenate(sharp),
@@ -61,27 +64,33 @@ def main() -> None:
             resamples=params.resamples,
             seed=seed,
         )
+        measured = second.submit(compute_metrics, predictions)
+        shown, points = choose_images(predictions.labels, MOST_IMAGES, seed), None
         if params.feature_map != "none":
-            shown = choose_images(predictions.labels, MOST_IMAGES, seed)
-            tables["features"] = feature_table(predictions, shown, project(features[shown], params.feature_map, seed))
-        if params.corruptions:
-            tables["corruptions"] = _try_corruptions(run, forward, predictions, outputs)
-        tables["predictions"] = prediction_table(predictions)
-        for name, table in tables.items():
-            file = paths.PREDICTIONS if name == "predictions" else paths.TABLES / f"{name}.csv"
-            write_text(file, table.to_csv(index=False))
-
-        pictures = draw_tables(tables, predictions, paths.EVALUATION_PICTURES)
+            points = second.submit(project, features[shown], params.feature_map, seed)
+        tables = judged.result()
+        drawn = [second.submit(draw_tables, tables, predictions, paths.EVALUATION_PICTURES)]
         with open_archive(paths.RAW) as archive:
-            pictures |= draw_galleries(
+            galleries = collect_galleries(
                 predictions,
                 choose_galleries(predictions, params.gallery),
                 lambda path: read_member(archive, path),
                 info,
                 build_gradcam(model, info) if params.gradcam else None,
-                paths.EVALUATION_PICTURES,
             )
-        metrics = compute_metrics(predictions)
+            drawn += [second.submit(draw_gallery, gallery, paths.EVALUATION_PICTURES) for gallery in galleries]
+        asked: dict[str, pd.DataFrame] = {}
+        if points is not None:
+            asked["features"] = feature_table(predictions, shown, points.result())
+        if params.corruptions:
+            asked["corruptions"] = _try_corruptions(run, forward, predictions, outputs)
+        drawn.append(second.submit(draw_tables, asked, predictions, paths.EVALUATION_PICTURES))
+        tables |= asked | {"predictions": prediction_table(predictions)}
+        for name, table in tables.items():
+            file = paths.PREDICTIONS if name == "predictions" else paths.TABLES / f"{name}.csv"
+            write_text(file, table.to_csv(index=False))
+
+        metrics = measured.result()
         of_accuracy = tables["metrics"].set_index("metric").loc["accuracy"].to_dict()
         report = {
             "accuracy": metrics.pop("accuracy"),
@@ -94,7 +103,8 @@ def main() -> None:
         content = ReportContent(
             tables=tables,
             metrics=report,
-            pictures=pictures | {"learning_curves": paths.LEARNING_CURVES},
+            pictures={name: path for part in drawn for name, path in part.result().items()}
+            | {"learning_curves": paths.LEARNING_CURVES},
             info=info,
             params=run.params,
             facts=read_json(paths.DATA_REPORT)
@@ -103,8 +113,8 @@ def main() -> None:
             weights=describe_weights(info.backbone, info.weights, embedded["weights_sha256"]),
             model_bytes=paths.MODEL.stat().st_size,
         )
-        write_report(paths.REPORT_PAGE, content)
-        write_model_card(paths.MODEL_CARD, content)
+        for write, file in ((write_report, paths.REPORT_PAGE), (write_model_card, paths.MODEL_CARD)):
+            second.submit(write, file, content).result()
         run.finish(
             report,
             f"{report['accuracy']:.2%} of {len(predictions.paths):,} test images right "

@@ -29,9 +29,10 @@ from catdog.fine_tuning import FineTuned, Images, fine_tune
 from catdog.gathered import fit_either_way, gather
 from catdog.inference import choose_engine, compile_forward
 from catdog.model import ModelInfo, assemble, build_head, logits_of, save_model, set_temperature
-from catdog.plots import plot_learning_curves
+from catdog.plots import import_matplotlib, plot_learning_curves
 from catdog.records import RecordReader, shard_paths, verify_shards
 from catdog.runtime import device_facts, distribution, full_precision, jit_compile, prepare_keras
+from catdog.second_process import second_process
 from catdog.tracking import StageRun, dvc_outs, log_data_hash, stage
 from catdog.training import apply_head, best_epoch, join_histories
 from catdog.weights import load_all
@@ -56,14 +57,18 @@ def main() -> None:
     except CatdogError as error:
         print(f"catdog train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    with stage("train") as run, taking_part(job, _facts(job, run.params)):
+    with (
+        stage("train") as run,
+        taking_part(job, _facts(job, run.params)),
+        second_process(import_matplotlib) as drawing,
+    ):
         log_data_hash(run, paths.FEATURES)
         params, seed = run.params.train, run.params.seed
         prepare_keras(seed, precision=run.params.runtime.precision)
         run.note(device_facts(run.params.runtime.xla, trains=True))
         # What the features were made with, not what params.yaml says: the model must match the features.
-        dataset, embedded = read_json(paths.PREPROCESS_REPORT), read_json(paths.FEATURES_INFO)
-        info = _model_info(dataset, embedded)
+        embedded = read_json(paths.FEATURES_INFO)
+        info = _model_info(read_json(paths.PREPROCESS_REPORT), embedded)
         check_threshold_rule(run.params.calibrate.threshold, class_count=len(info.class_names))
         train, val = open_features(paths.FEATURES, "train", views=True), open_features(paths.FEATURES, "val")
         with open_checkpoints(run.root, _key(run, embedded)) as checkpoints:
@@ -85,10 +90,9 @@ def main() -> None:
             write_text(paths.HISTORY, history.round(6).to_csv(index=False))
             run.log_curves(history.round(6))
             best = best_epoch(history if tuned and tuned.improved else history.head(len(head_history)))
-            plot_learning_curves(history, int(best["epoch"]), paths.LEARNING_CURVES)
+            drawn = drawing.submit(plot_learning_curves, history, int(best["epoch"]), paths.LEARNING_CURVES)
 
-            improved = tuned is not None and tuned.improved
-            logits = _validation_logits(run, model) if improved else apply_head(head, val)
+            logits = _validation_logits(run, model) if tuned and tuned.improved else apply_head(head, val)
             calibration = calibrate(logits, val.labels, run.params.calibrate)
             set_temperature(model, calibration.temperature)
             info = replace(info, temperature=calibration.temperature, threshold=calibration.threshold)
@@ -112,6 +116,7 @@ def main() -> None:
             if tuned:
                 report["fine_tuning"] = tuned.report()
                 summary += f"; fine-tuning {'improved' if tuned.improved else 'did not improve'} the frozen model"
+            drawn.result()
             run.finish(report, summary)
             checkpoints.clear()
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from catdog.corruptions import CORRUPTIONS
 from catdog.evaluation import LabelledPredictions
-from catdog.evaluation_pictures import choose_galleries, draw_galleries, draw_tables
+from catdog.evaluation_pictures import choose_galleries, collect_galleries, draw_gallery, draw_tables
 from catdog.evaluation_tables import evaluation_tables, robustness_table
 from catdog.images import encode_jpeg
 from catdog.model import ModelInfo
@@ -61,8 +61,10 @@ def test_galleries_show_pictures_and_what_is_explained_is_the_predicted_class(tm
 
     files = {name: encode_jpeg(picture, 95) for name, picture in flat_pictures(6).items()}
     chosen = choose_galleries(JUDGED, 3)
-    written = draw_galleries(JUDGED, chosen, files.__getitem__, INFO, explain if explained else None, tmp_path)
+    galleries = list(collect_galleries(JUDGED, chosen, files.__getitem__, INFO, explain if explained else None))
+    written = {name: path for one in galleries for name, path in draw_gallery(one, tmp_path).items()}
     assert written == {name: tmp_path / f"{name}.png" for name in ("mistakes", "uncertain", "best")}
+    assert [one.overlays is not None for one in galleries] == [explained] * 3
     assert asked == ([[1, 0], [0, 1, 1], [0, 1, 0]] if explained else [])
     for path in written.values():
         with Image.open(path) as picture:
@@ -77,7 +79,8 @@ def test_without_mistakes_the_gallery_says_so_and_nothing_is_explained(tmp_path)
         assert len(pixels)
         return np.zeros(pixels.shape[:3], np.float32)
 
-    assert draw_galleries(right, choose_galleries(right, 3), files.__getitem__, INFO, explain, tmp_path)
+    mistakes, *_ = collect_galleries(right, choose_galleries(right, 3), files.__getitem__, INFO, explain)
+    draw_gallery(mistakes, tmp_path)
     assert (tmp_path / "mistakes.png").stat().st_size > 1000
 
 
@@ -96,6 +99,7 @@ def test_tables_are_drawn_and_what_was_not_measured_is_not(tmp_path):
     drawn = draw_tables(tables, JUDGED, tmp_path)
     assert set(drawn) == {"confusion", "roc", "precision_recall", "calibration", "scores", "slices"}
     assert all(path.is_file() for path in drawn.values())
+    assert draw_tables({}, JUDGED, tmp_path) == {}
 
 
 def test_near_duplicates_are_drawn_together():

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from sklearn import metrics as sklearn_metrics
 
 from catdog.calibration import expected_calibration_error, top_class
 from catdog.model import predict_classes
@@ -82,6 +81,8 @@ def compute_metrics(predictions: LabelledPredictions) -> dict[str, float]:
             (0..1), of more the sum over the classes (0..2).
         ece: `calibration.expected_calibration_error` of the most probable class, 0..1; the threshold plays no part.
     """
+    from sklearn import metrics as sklearn_metrics
+
     labels, probabilities = predictions.labels, predictions.probabilities
     classes = range(probabilities.shape[1])
     present = present_classes(predictions)
@@ -150,14 +151,14 @@ def roc_table(predictions: LabelledPredictions) -> pd.DataFrame:
     Two classes have one curve, of the second class; more have one each, against the rest. A class that has no images,
     or all of them, has none.
     """
+    from sklearn.metrics import roc_curve
+
     curves = []
     for number in _curve_classes(predictions):
         positive = predictions.labels == number
         if positive.all():
             continue
-        false_positive, true_positive, thresholds = sklearn_metrics.roc_curve(
-            positive, predictions.probabilities[:, number]
-        )
+        false_positive, true_positive, thresholds = roc_curve(positive, predictions.probabilities[:, number])
         # The curve's first point needs a threshold above every score: infinite, which no plot reads.
         curves.append((number, false_positive, true_positive, np.minimum(thresholds, 1.0)))
     return _curve_table(predictions, ("false_positive_rate", "true_positive_rate"), curves)
@@ -169,9 +170,11 @@ def precision_recall_table(predictions: LabelledPredictions) -> pd.DataFrame:
     Two classes have one curve, of the second class; more have one each, against the rest. A class that has no images
     has none. Recall rises from 0, where nothing is predicted and precision counts as 1.
     """
+    from sklearn.metrics import precision_recall_curve
+
     curves = []
     for number in _curve_classes(predictions):
-        precision, recall, thresholds = sklearn_metrics.precision_recall_curve(
+        precision, recall, thresholds = precision_recall_curve(
             predictions.labels == number, predictions.probabilities[:, number]
         )
         curves.append((number, recall[::-1], precision[::-1], np.append(thresholds, 1.0)[::-1]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,32 +15,38 @@ from catdog.evaluation import LabelledPredictions
 from catdog.gradcam import Explain, overlay
 from catdog.images import Pixels, decode, model_pixels
 from catdog.model import ModelInfo
-from catdog.plots import percent
+from catdog.plots import import_matplotlib, percent
+
+
+def import_libraries() -> None:
+    """Imports what the first table and the first picture would wait for."""
+    import scipy.stats  # noqa: F401
+    import sklearn.manifold  # noqa: F401
+
+    import_matplotlib()
 
 
 def draw_tables(tables: Mapping[str, pd.DataFrame], predictions: LabelledPredictions, folder: Path) -> dict[str, Path]:
     """Draws the tables that are there, each as `<name>.png`, and returns the files by name.
 
     Args:
-        tables: by name, from `evaluation_tables`.
+        tables: by name, from `evaluation_tables`; all that it returns, none, or more.
         predictions: of the test split.
         folder: of the PNG files.
     """
-    from sklearn.metrics import confusion_matrix
-
-    metrics, classes = tables["metrics"], tables["classes"]
-    numbers = range(len(predictions.class_names))
-    matrix = confusion_matrix(predictions.labels, predictions.predicted, labels=numbers)
-    draw: dict[str, Callable[[Path], None]] = {
-        "confusion": lambda path: plots.plot_confusion(matrix, predictions.class_names, path),
-        "roc": lambda path: plots.plot_roc(tables["roc"], metrics, classes, path),
-        "precision_recall": lambda path: plots.plot_precision_recall(
-            tables["precision_recall"], metrics, classes, path
-        ),
-        "calibration": lambda path: plots.plot_calibration(tables["calibration"], path),
-        "scores": lambda path: plots.plot_scores(tables["scores"], classes, predictions.threshold, path),
-        "slices": lambda path: plots.plot_slices(tables["slices"], metrics, path),
-    }
+    draw: dict[str, Callable[[Path], None]] = {}
+    if "metrics" in tables:
+        metrics, classes = tables["metrics"], tables["classes"]
+        draw |= {
+            "confusion": lambda path: plots.plot_confusion(_count(predictions), predictions.class_names, path),
+            "roc": lambda path: plots.plot_roc(tables["roc"], metrics, classes, path),
+            "precision_recall": lambda path: plots.plot_precision_recall(
+                tables["precision_recall"], metrics, classes, path
+            ),
+            "calibration": lambda path: plots.plot_calibration(tables["calibration"], path),
+            "scores": lambda path: plots.plot_scores(tables["scores"], classes, predictions.threshold, path),
+            "slices": lambda path: plots.plot_slices(tables["slices"], metrics, path),
+        }
     if "features" in tables:
         draw["feature_map"] = lambda path: plots.plot_feature_map(tables["features"], path)
     if "corruptions" in tables:
@@ -48,6 +55,14 @@ def draw_tables(tables: Mapping[str, pd.DataFrame], predictions: LabelledPredict
     for name, path in pictures.items():
         draw[name](path)
     return pictures
+
+
+def _count(predictions: LabelledPredictions) -> npt.NDArray[np.int64]:
+    """The confusion matrix, int64 [true class, predicted class]."""
+    from sklearn.metrics import confusion_matrix
+
+    numbers = range(len(predictions.class_names))
+    return np.asarray(confusion_matrix(predictions.labels, predictions.predicted, labels=numbers), np.int64)
 
 
 def choose_galleries(predictions: LabelledPredictions, count: int) -> dict[str, npt.NDArray[np.int64]]:
@@ -84,15 +99,25 @@ def _margin(predictions: LabelledPredictions) -> npt.NDArray[np.float32]:
     return np.asarray(two[:, 1] - two[:, 0], np.float32)
 
 
-def draw_galleries(
+@dataclass(frozen=True)
+class Gallery:
+    """What one picture of many test pictures shows."""
+
+    name: str
+    title: str
+    pictures: Sequence[bytes | Pixels]  # image files, or uint8 [height, width, 3]
+    captions: Sequence[str]  # one each
+    overlays: Sequence[Pixels] | None  # one each, beside it
+
+
+def collect_galleries(
     predictions: LabelledPredictions,
     chosen: Mapping[str, npt.NDArray[np.int64]],
     read: Callable[[str], bytes],
     info: ModelInfo,
     explain: Explain | None,
-    folder: Path,
-) -> dict[str, Path]:
-    """Draws each gallery as `<name>.png`, and returns the files by name.
+) -> Iterator[Gallery]:
+    """Collects what each gallery shows, one after the other.
 
     Args:
         predictions: of the test split.
@@ -100,7 +125,6 @@ def draw_galleries(
         read: gives the bytes of a picture by its path in the raw archive.
         info: of the model.
         explain: from `gradcam.build_gradcam`, shown for the predicted class beside each picture; None: pictures alone.
-        folder: of the PNG files.
     """
     titles = _titles(predictions, chosen)
     names = np.asarray(predictions.class_names)
@@ -110,15 +134,23 @@ def draw_galleries(
             _caption(str(names[predictions.labels[at]]), str(names[predictions.predicted[at]]), confidence)
             for at, confidence in zip(positions, predictions.confidence[positions], strict=True)
         ]
-        pictures, overlays = [decode(data) for data in files], None
-        if explain is not None:
-            # What the network saw, stretched or cropped as it was: the heat map lies on that.
-            pictures = [
-                model_pixels(data, size=info.image_size, mode=info.resize, quality=info.jpeg_quality) for data in files
-            ]
-            overlays = _overlays(explain, pictures, predictions.predicted[positions])
-        plots.plot_gallery(pictures, captions, folder / f"{name}.png", title=titles[name], overlays=overlays)
-    return {name: folder / f"{name}.png" for name in chosen}
+        if explain is None:
+            yield Gallery(name, titles[name], files, captions, None)
+            continue
+        # What the network saw, stretched or cropped as it was: the heat map lies on that.
+        pictures = [
+            model_pixels(data, size=info.image_size, mode=info.resize, quality=info.jpeg_quality) for data in files
+        ]
+        overlays = _overlays(explain, pictures, predictions.predicted[positions])
+        yield Gallery(name, titles[name], pictures, captions, overlays)
+
+
+def draw_gallery(gallery: Gallery, folder: Path) -> dict[str, Path]:
+    """Draws a gallery as `<name>.png`, and returns the file by name."""
+    pictures = [decode(one) if isinstance(one, bytes) else one for one in gallery.pictures]
+    path = folder / f"{gallery.name}.png"
+    plots.plot_gallery(pictures, gallery.captions, path, title=gallery.title, overlays=gallery.overlays)
+    return {gallery.name: path}
 
 
 def _overlays(explain: Explain, pictures: list[Pixels], classes: npt.NDArray[np.int64]) -> list[Pixels]:

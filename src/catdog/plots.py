@@ -37,6 +37,13 @@ DPI = 110
 _HEADLINE_POINTS = 12
 
 
+def import_matplotlib() -> None:
+    """Imports what the first picture would wait for."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+    import PIL.PngImagePlugin  # noqa: F401
+
+
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """Makes a figure with one row of axes.
 

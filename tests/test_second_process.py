@@ -1,0 +1,73 @@
+"""Work in a second process: its results and errors come back, and it never outlives the first one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from catdog.errors import CatdogError
+from catdog.second_process import second_process
+
+SLEEPER = """
+import os
+import time
+from catdog.second_process import second_process
+
+if __name__ == "__main__":
+    with second_process(int) as second:
+        print(second.submit(os.getpid).result(), flush=True)
+        second.submit(time.sleep, 600)
+        time.sleep(600)
+"""
+
+
+def prepare():
+    os.environ["CATDOG_PREPARED"] = "yes"
+
+
+def refuse(name):
+    raise CatdogError(f"{name} cannot be drawn")
+
+
+def test_results_and_errors_come_back_and_it_is_prepared():
+    with second_process(prepare) as second:
+        assert second.submit(os.getpid).result() not in (os.getpid(), os.getppid())
+        assert second.submit(os.getenv, "CATDOG_PREPARED").result() == "yes"
+        with pytest.raises(CatdogError, match="the cat cannot be drawn"):
+            second.submit(refuse, "the cat").result()
+        assert second.submit(max, 3, 4).result() == 4  # an error does not end it
+    assert "CATDOG_PREPARED" not in os.environ
+
+
+def test_it_ends_with_the_block_also_by_an_error():
+    with pytest.raises(CatdogError), second_process(int) as second:
+        number = second.submit(os.getpid).result()
+        second.submit(time.sleep, 0.5)
+        waiting = second.submit(time.sleep, 600)
+        raise CatdogError("what is wrong here")
+    assert waiting.cancelled()
+    assert not psutil.pid_exists(number)
+
+
+def test_it_does_not_outlive_a_first_one_that_is_killed(tmp_path):
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as first:
+        number = int(first.stdout.readline())
+        assert psutil.pid_exists(number)
+        first.kill()
+    until = time.monotonic() + 30
+    while psutil.pid_exists(number) and psutil.Process(number).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until, "it still runs"
+        time.sleep(0.05)
+
+
+def test_an_interrupt_is_the_first_ones(tmp_path):
+    with second_process(int) as second:
+        number = second.submit(os.getpid).result()
+        os.kill(number, signal.SIGINT)
+        assert second.submit(max, 3, 4).result() == 4
