@@ -20,7 +20,7 @@ from catdog.errors import CatdogError
 from catdog.export import NETWORK, Format, Precision, describe, require_format, write_export
 from catdog.export_check import ALLOWED, Check, check_export, format_check
 from catdog.export_runtimes import open_export, runtime_version
-from catdog.files import read_json, sha256_of, write_json
+from catdog.files import read_json, sha256_of, write_json, writing_where_asked
 from catdog.images import Pixels
 from catdog.inference import compile_forward
 from catdog.model import ModelInfo, class_probabilities, load_model, read_info
@@ -87,7 +87,7 @@ def run_export(
             calibration_images=0 if pictures is None else len(pictures),
         )
         with _written_aside(target) as aside:
-            with _writing(target):
+            with writing_where_asked(target):
                 write_export(loaded, description, aside, format_, precision, calibration=pictures)
             facts = {
                 "export": target.name,
@@ -110,7 +110,7 @@ def run_export(
                 if not found.passed:
                     _tell_failure(found, target)
                     return 1
-            with _writing(target):
+            with writing_where_asked(target):
                 _move(aside, target)
                 write_json(_report_of(target), facts | _findings(found))
     print(f"{target}: {facts['bytes'] / 1e6:.1f} MB{'' if check else ', not checked'}; {_report_of(target)} says more")
@@ -230,18 +230,10 @@ def _tell_failure(check: Check, target: Path) -> None:
 def _written_aside(target: Path) -> Iterator[Path]:
     """Yields a path beside the target, for a file or a folder, that is gone after the block where it was not moved."""
     with contextlib.ExitStack() as stack:
-        with _writing(target):
+        with writing_where_asked(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent))
         yield Path(folder, target.name)
-
-
-@contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CatdogError(f"{target} cannot be written: {error.strerror or error}; give another place") from None
 
 
 def _move(made: Path, target: Path) -> None:

@@ -35,6 +35,22 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing_where_asked(path: Path) -> Iterator[None]:
+    """Lets a block write where a user asked it to; raises CatdogError, with the path, where it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise CatdogError(
+            f"{readable(path)} cannot be written: {error.strerror or error}; give another place"
+        ) from None
+
+
+def readable(path: str | Path) -> str:
+    """Returns a path as text that any terminal or file can hold, also where its bytes are no UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text aside and renames it."""
     with written_aside(path) as aside:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from catdog import paths
 from catdog.archives import open_archive, pack_archive, read_member
 from catdog.errors import CatdogError
+from catdog.files import readable
 from catdog.images import FORMATS
 from catdog.names import IMAGE_SUFFIXES, is_hidden
 from catdog.transfer import public_url
@@ -128,11 +129,6 @@ def find_unlabelled(root: Path, archives: contextlib.ExitStack) -> list[ImageFil
         if name not in members:
             raise CatdogError(f"{paths.UNLABELLED} lists {name!r}, which {paths.RAW} does not hold; run `dvc repro`")
     return [ImageFile(name, partial(_read_member, archive, members[name])) for name in names]
-
-
-def readable(path: str | Path) -> str:
-    """Returns a path as text that any terminal or file can hold, also where its bytes are no UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _find(text: str, archives: contextlib.ExitStack) -> _Found:

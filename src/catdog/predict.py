@@ -23,11 +23,11 @@ import numpy.typing as npt
 from catdog import paths
 from catdog.archives import MemberError
 from catdog.errors import CatdogError
-from catdog.files import write_text, written_aside
+from catdog.files import readable, write_text, writing_where_asked, written_aside
 from catdog.gradcam import build_gradcam, overlay
 from catdog.images import MAX_PIXELS, ImageError, Pixels, model_pixels
 from catdog.inference import choose_engine, compile_forward
-from catdog.inputs import ImageFile, UnreadableError, find_images, find_unlabelled, readable
+from catdog.inputs import ImageFile, UnreadableError, find_images, find_unlabelled
 from catdog.model import class_probabilities, load_model, predict_classes, read_info
 from catdog.model_reference import find_model
 from catdog.progress import progress
@@ -169,7 +169,7 @@ def _stacked(pictures: Iterable[Pixels], size: int) -> Iterator[Pixels]:
 def _write_png(pixels: Pixels, path: Path) -> None:
     from PIL import Image
 
-    with _writing(path), written_aside(path) as aside:
+    with writing_where_asked(path), written_aside(path) as aside:
         Image.fromarray(pixels).save(aside, "PNG")
 
 
@@ -379,7 +379,7 @@ def run_predict(
         ids = kaggle_ids(file.name for file in files) if submission else {}
         heat_maps = name_heat_maps((file.name for file in files), gradcam) if gradcam else []
         if gradcam:
-            with _writing(gradcam):
+            with writing_where_asked(gradcam):
                 gradcam.mkdir(parents=True, exist_ok=True)
         prepare_keras(seed=0)  # nothing is drawn
         predictions = classify(Classifier(path), files, threshold=threshold, heat_maps=heat_maps)
@@ -391,7 +391,7 @@ def run_predict(
         text = format_predictions(predictions, class_names, layout or "table", top=top or 0, each_class=probabilities)
         print(text, end="")
     elif not predictions.unreadable:
-        with _writing(submission):
+        with writing_where_asked(submission):
             write_text(submission, format_submission(predictions, ids, probabilities=probabilities))
         called = np.bincount(predictions.labels, minlength=2)
         print(f"{readable(submission)}: {called[1]:,} {class_names[1]} (1), {called[0]:,} {class_names[0]} (0)")
@@ -421,14 +421,6 @@ def _require_suitable_model(
         raise CatdogError(f"--threshold tells two classes apart, but {known}; leave it out")
     if top and top > count:
         raise CatdogError(f"--top {top} asks for more classes than there are: {known}")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CatdogError(f"{readable(path)} cannot be written: {error.strerror}; give another place") from None
 
 
 def _count(number: int, noun: str) -> str:
