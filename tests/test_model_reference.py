@@ -39,10 +39,12 @@ def built(tmp_path_factory):
     project = Project(folder / "project", folder / "home")
     project.home.mkdir()
     project.root.mkdir()
-    (project.home / ".gitconfig").write_text("[user]\n\tname = Ann\n\temail = ann@example.org\n")
     (project.root / "dvc.yaml").write_text(PIPELINE)
     (project.root / ".gitignore").write_text("/models\n/source.keras\n/mlflow.db*\n/mlruns\n")
     project.git("init", "--quiet", "--initial-branch=main")
+    # GTO asks libgit2, which looks for the user's file where HOME was when this process first asked.
+    project.git("config", "user.name", "Ann")
+    project.git("config", "user.email", "ann@example.org")
     assert project.dvc("init", "--quiet").returncode == 0
     for number, version in enumerate(["v1.0.0", "v1.0.1", None]):
         model_of(("cat", "dog"), project.root / "source.keras", threshold=0.1 * number)

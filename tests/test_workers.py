@@ -91,7 +91,9 @@ class Jobs:
     def start(self, name, *, number=None, port=0, kept="", pause=0, devices=1):
         job = {"JOB_ADDRESSES": f"127.0.0.1:{port}", "NUM_PROCESSES": "2", "PROCESS_ID": str(number)}
         changes = {} if number is None else {f"KERAS_DISTRIBUTION_{key}": value for key, value in job.items()}
-        changes["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        # Two devices of one process wait for each other 40 s at most, which is little on a busy machine.
+        patience = "--xla_cpu_collective_call_terminate_timeout_seconds=240"
+        changes["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {patience}"
         kept_variables = {key: value for key, value in os.environ.items() if not key.startswith(("KERAS_", "XLA_"))}
         path = os.pathsep.join([SOURCES, str(Path(__file__).parent)])
         process = subprocess.Popen(
