@@ -46,6 +46,7 @@ class Project:
         """The caller's environment without anything that would steer git, DVC, MLflow or Keras."""
         steering = ("DVC_", "MLFLOW_", "GIT_", "KERAS_", "XDG_", "TF_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
+        kept.pop("PYTHONDONTWRITEBYTECODE", None)  # with it every process would compile the project anew
         return kept | {
             "PATH": os.pathsep.join([str(self.home / "bin"), str(Path(sys.executable).parent), kept["PATH"]]),
             "PYTHONPATH": "src",

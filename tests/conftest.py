@@ -57,7 +57,8 @@ class Project:
         """The caller's environment without anything that would steer git, DVC, MLflow or Keras."""
         steering = ("DVC_", "MLFLOW_", "GIT_", "KERAS_", "XDG_", "TF_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
-        for name in ("PYTHONPATH", "MPLBACKEND"):  # libraries set the latter in the process of the tests
+        # Libraries set MPLBACKEND in the tests' process; without bytecode every stage would compile the project anew.
+        for name in ("PYTHONPATH", "MPLBACKEND", "PYTHONDONTWRITEBYTECODE"):
             kept.pop(name, None)
         kept |= {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}",
