@@ -42,6 +42,24 @@ SMALL = {
     "evaluate.gallery": 6,
     "evaluate.resamples": 100,
 }
+# Files that take a minute and more, the longest first, but those that wait for projects of the workshop not at once.
+# Begun last, one of them would keep a single worker of pytest-xdist busy while the others have nothing left.
+LONGEST_FIRST = (
+    "test_containers.py",
+    "test_tuning.py",
+    "test_backbone_comparison.py",
+    "test_ray.py",
+    "test_tracking_servers.py",
+    "test_workers.py",
+    "test_tracking.py",
+    "test_bad_input.py",
+    "test_data_in_dvc.py",
+    "test_registry.py",
+    "test_training.py",
+    "test_fine_tuning.py",
+    "test_gradcam.py",
+    "test_checkpoints.py",
+)
 # Nothing listens there: whoever needs the network fails at once.
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
@@ -403,6 +421,12 @@ BUILDERS = {
     "elsewhere": build_elsewhere,
     "clone": build_clone,
 }
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first; the order is otherwise pytest's."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")
