@@ -91,7 +91,8 @@ def test_data_from_import_url_keeps_its_hash(project, tmp_path):
     imported = project.dvc("import-url", str(elsewhere), "imported.zip")
     assert imported.returncode == 0, imported.stderr
     project.set_params({"dataset": "imported.zip"})
-    split(project)
+    done = project.dvc("repro", "download", **NO_NETWORK)
+    assert done.returncode == 0, done.stdout + done.stderr
     facts = download_facts(project)["origin"]
     assert f"md5: {facts['dvc_hash']}" in (project.root / "imported.zip.dvc").read_text()
 
