@@ -106,6 +106,17 @@ def search(root, **options):
     return tune(root, params_of(root), **options)
 
 
+@pytest.fixture(scope="module")
+def two_trials(template, tmp_path_factory):
+    """A search of two trials in a repository of its own, which no test changes."""
+    copy = tmp_path_factory.mktemp("two_trials") / "root"
+    shutil.copytree(template, copy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(copy))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return search(copy, method="random", trials=2)
+
+
 def without_times(study):
     return study.trials.drop(columns=TIMES)
 
@@ -267,11 +278,9 @@ def test_longer_training_goes_on_with_the_shorter_one(tmp_path):
     assert len(short) == 2
 
 
-def test_features_that_do_not_fit_into_memory_give_the_same_trials(root, monkeypatch):
-    expected = search(root, method="random", trials=2)
-    shutil.rmtree(root / ".dvc")
+def test_features_that_do_not_fit_into_memory_give_the_same_trials(root, two_trials, monkeypatch):
     monkeypatch.setattr(tuning, "gather", lambda train, val: None)
-    pd.testing.assert_frame_equal(without_times(search(root, method="random", trials=2)), without_times(expected))
+    pd.testing.assert_frame_equal(without_times(search(root, method="random", trials=2)), without_times(two_trials))
 
 
 # A search
@@ -288,10 +297,9 @@ def test_same_seed_gives_the_same_trials_and_another_seed_others(root):
     assert other.trials["learning_rate"][0] not in study.trials["learning_rate"].tolist()
 
 
-def test_each_trial_is_fitted_as_the_train_stage_does(root):
-    study = search(root, method="random", trials=2)
+def test_each_trial_is_fitted_as_the_train_stage_does(root, two_trials):
     params = params_of(root)
-    for row in study.trials.to_dict("records"):
+    for row in two_trials.trials.to_dict("records"):
         changed = {"hidden_units": tuple(json.loads(row["hidden_units"]))}
         changed |= {key: row[key] for key in ("learning_rate", "optimizer", "dropout", "epochs", "patience")}
         prepare_keras(params.seed)
