@@ -10,6 +10,8 @@ else
 LOCK := requirements.lock
 endif
 
+# Where it is set, every process would compile the project's modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 # DVC runs the stages with the `python` it finds on PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready-$(LOCK)

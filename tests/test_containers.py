@@ -305,7 +305,7 @@ class Stack:
                 done = subprocess.run(check, env=self.environment(name), capture_output=True, check=False)
                 return done.returncode == 0
 
-            wait_until(healthy, every=0.5, seconds=180)
+            wait_until(healthy, every=2, seconds=180)  # each look starts a process
             yield
 
     def log(self, name):
