@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -97,31 +96,15 @@ def _decode(data: bytes, max_pixels: float) -> Decoded:
 def _decode_plain_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
     """Decodes most photographs to Pillow's very pixels in two thirds of its time; None for what Pillow must look at.
 
-    That is: other formats, CMYK, and any on which libjpeg-turbo has a warning.
+    That is: other formats, CMYK, a picture to be turned, and any on which libjpeg-turbo has a warning.
     """
-    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+    plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+    if not plain or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return None
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1), _as_it_is)
     try:
-        return np.ascontiguousarray(turn(np.asarray(simplejpeg.decode_jpeg(data, "RGB"), np.uint8)))
+        return np.asarray(simplejpeg.decode_jpeg(data, "RGB"), np.uint8)
     except ValueError:
         return None
-
-
-def _as_it_is(stored: Pixels) -> Pixels:
-    return stored
-
-
-_TURNS: Mapping[int, Callable[[Pixels], Pixels]] = {
-    2: lambda stored: stored[:, ::-1],
-    3: lambda stored: stored[::-1, ::-1],
-    4: lambda stored: stored[::-1],
-    5: lambda stored: stored.transpose(1, 0, 2),
-    6: lambda stored: np.rot90(stored, -1),
-    7: lambda stored: stored[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda stored: np.rot90(stored, 1),
-}
-"""What makes a stored picture upright, by the EXIF orientation, as Pillow's `exif_transpose` does it."""
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
