@@ -232,6 +232,7 @@ prepare_keras(1)
 import keras
 keras.ops.zeros(3)
 print(os.environ["TF_FORCE_GPU_ALLOW_GROWTH"], os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"], os.environ.get("XLA_FLAGS"))
+print(*sorted({"IPython", "jax", "matplotlib", "sklearn"} & sys.modules.keys()))
 """
 
 
@@ -239,7 +240,18 @@ print(os.environ["TF_FORCE_GPU_ALLOW_GROWTH"], os.environ["XLA_PYTHON_CLIENT_PRE
     ("backend", "flags"),
     [("tensorflow", "None"), pytest.param("jax", "--xla_gpu_deterministic_ops=true", marks=needs_jax)],
 )
-def test_start_is_quiet_modest_with_memory_and_deterministic(backend, flags):
+def test_start_is_quiet_modest_with_memory_and_deterministic_and_imports_no_more_than_it_must(backend, flags):
     done = run_python(START, KERAS_BACKEND=backend)
-    assert done.stdout == f"true false {flags}\n"
+    assert done.stdout.splitlines() == [f"true false {flags}", "jax" if backend == "jax" else ""]
     assert done.stderr == ""
+
+
+def test_the_backend_is_known_before_keras_is_imported(monkeypatch, tmp_path):
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    assert runtime._backend_asked() == "tensorflow"
+    for text, backend in (('{"backend": "jax"}', "jax"), ("{}", "tensorflow"), ("no JSON", "tensorflow")):
+        (tmp_path / "keras.json").write_text(text)
+        assert runtime._backend_asked() == backend
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    assert runtime._backend_asked() == "torch"
