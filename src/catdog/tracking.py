@@ -30,7 +30,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 from urllib.parse import urlsplit
 
@@ -38,6 +37,7 @@ from catdog import paths
 from catdog.config import Params, load_params
 from catdog.errors import CatdogError
 from catdog.files import read_json, read_yaml, write_json
+from catdog.signals import ended_by
 from catdog.startup import quick_imports
 
 if TYPE_CHECKING:
@@ -164,9 +164,8 @@ def stage(name: str) -> Iterator[StageRun]:
 
     A CatdogError ends the process with its sentence on standard error and exit code 2, and a full disk or a
     tracking store that cannot be used likewise; all mark the run FAILED, as every other exception does. SIGTERM
-    marks it KILLED.
+    and Ctrl-C mark it KILLED.
     """
-    signal.signal(signal.SIGTERM, _raise_terminated)
     atexit.register(gc.freeze)  # nothing is left to collect in a process that ends
     started = time.monotonic()
     mistake: CatdogError | None = None
@@ -232,10 +231,6 @@ def public_address(uri: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.netloc else uri
 
 
-def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
-
-
 def _try_load_params() -> tuple[Params | None, CatdogError | None]:
     """Loads params.yaml, and keeps a mistake in it for later, so that it is recorded in a FAILED run."""
     try:
@@ -248,20 +243,22 @@ def _try_load_params() -> tuple[Params | None, CatdogError | None]:
 def _stage_run(name: str, params: Params | None, root: Path) -> Iterator[StageRun]:
     # Without parameters the block only raises what is wrong with them.
     run = StageRun(name, cast("Params", params), root, store_required=params is None or params.tracking.required)
-    with run.store_may_fail():
-        client = connect(root)
-        parent = _find_or_create_parent(client, root, params, name)
-        run.parent_id = parent.info.run_id
-        tags = {PARENT_TAG: run.parent_id, STAGE_TAG: name, **_context_tags()}
-        run.run_id = client.create_run(parent.info.experiment_id, tags=tags, run_name=name).info.run_id
-        run.client = client
     status = "FAILED"
     try:
-        if params is not None:
-            run.record(lambda client: _log(client, run.run_id, params=_stage_params(name, params)))
-        yield run
+        with ended_by(signal.SIGTERM, signal.SIGINT) as ending:
+            with run.store_may_fail():
+                client = connect(root)
+                parent = _find_or_create_parent(client, root, params, name)
+                run.parent_id = parent.info.run_id
+                tags = {PARENT_TAG: run.parent_id, STAGE_TAG: name, **_context_tags()}
+                with ending.afterwards():  # else nobody would know which run to mark
+                    created = client.create_run(parent.info.experiment_id, tags=tags, run_name=name)
+                    run.run_id, run.client = created.info.run_id, client
+            if params is not None:
+                run.record(lambda client: _log(client, run.run_id, params=_stage_params(name, params)))
+            yield run
         status = "FINISHED"
-    except (SystemExit, KeyboardInterrupt):
+    except SystemExit:
         status = "KILLED"
         raise
     except BaseException as error:

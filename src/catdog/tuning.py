@@ -26,8 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -40,6 +39,7 @@ from catdog.errors import CatdogError
 from catdog.features import FeatureSet, open_features
 from catdog.files import read_json, write_json
 from catdog.gathered import Gathered, fit_either_way, gather
+from catdog.signals import ended_by
 from catdog.tuning_features import SPLITS, check_weights, features_of, read_features_info, with_backbone
 from catdog.tuning_runs import SearchRuns
 
@@ -140,19 +140,17 @@ def run_tune(
     plan_search(_settings(params, method, trials), seed or 0)
     if backbones and params.tracking.required:
         connect(root)
-    former = signal.signal(signal.SIGTERM, _raise_terminated)
+    studies = []
     try:
-        studies = []
-        for variant in variants:
-            folder = features_of(root, params, variant) if backbones else root / paths.FEATURES
-            studies.append(tune(root, variant, features=folder, method=method, trials=trials, seed=seed))
-            print(_table(rank(studies[-1].trials).head(SHOWN)))
+        with ended_by(signal.SIGTERM, signal.SIGINT):
+            for variant in variants:
+                folder = features_of(root, params, variant) if backbones else root / paths.FEATURES
+                studies.append(tune(root, variant, features=folder, method=method, trials=trials, seed=seed))
+                print(_table(rank(studies[-1].trials).head(SHOWN)))
     except Exception as error:
         if isinstance(error, CatdogError) or not _is_store_error(error):
             raise
         raise CatdogError(_describe_store_error(error)) from None
-    finally:
-        signal.signal(signal.SIGTERM, former)
     if len(studies) > 1:
         print("\ntune: the best of each backbone")
         print(_table(ranking(studies)))
@@ -169,10 +167,6 @@ def run_tune(
     from catdog.recipes import run_command
 
     return run_command(root, command)
-
-
-def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
 
 
 def _settings(params: Params, method: str | None, trials: int | None) -> TuneParams:
@@ -450,10 +444,11 @@ class _Search:
         self._save()
         status = "FAILED"
         try:
-            for _ in progress(self._trials(run_trials, at_once), "tune", self.left, "trials"):
-                pass
+            with ended_by(signal.SIGTERM, signal.SIGINT):  # also where Python, not the command, runs the search
+                for _ in progress(self._trials(run_trials, at_once), "tune", self.left, "trials"):
+                    pass
             status = "FINISHED"
-        except (SystemExit, KeyboardInterrupt):
+        except SystemExit:
             status = "KILLED"
             print(
                 f"tune: stopped after {len(self.rows)} of {self.plan.trials} trials; the same command goes on there",

@@ -22,11 +22,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from catdog import tracking
 from catdog.errors import CatdogError
+from catdog.signals import ended_by
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -85,7 +85,12 @@ def run_ui(root: Path, *, port: int, open_browser: bool) -> int:
     require_free_port(port)
     # Before the server: one that created the database would give the experiment no place for its files.
     links = prepare_links(root, f"http://{HOST}:{port}")
-    with contextlib.suppress(KeyboardInterrupt), _ended_by_signals(), server(root, uri, port) as process:
+    # A closed terminal, too, ends the server.
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        ended_by(signal.SIGTERM, signal.SIGHUP),
+        server(root, uri, port) as process,
+    ):
         _show(links, open_browser)
         print("Ctrl-C ends it", flush=True)
         process.wait()
@@ -318,18 +323,3 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Has SIGTERM and a closed terminal end the block as Ctrl-C does: with what it must still do."""
-    former = {number: signal.signal(number, _raise_end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def _raise_end(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
