@@ -262,7 +262,11 @@ def openvino_network(function: Callable[[Any], Any], size: int) -> Any:
 
 def run_openvino(network: Any) -> Forward:
     """Prepares an `openvino.Model` from uint8 pixels [batch, size, size, 3] to one output for inference on the CPU."""
-    core = import_openvino().Core()
+    openvino = import_openvino()
+    # Its first array looks NumPy up in Python, while C++ guards that moment. Two threads that begin together, one with
+    # the guard and the other with the interpreter's lock, would wait for each other for ever.
+    _ = openvino.Tensor(np.zeros(1, np.uint8)).data
+    core = openvino.Core()
     # float32 on every CPU: some would silently choose bfloat16 and give other probabilities.
     settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(network, "CPU", settings)
