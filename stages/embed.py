@@ -8,18 +8,18 @@ from catdog.embedding import EmbedTask, embed_all
 from catdog.features import open_features
 from catdog.files import read_json
 from catdog.records import shard_paths, verify_shards
-from catdog.runtime import prepare_keras
+from catdog.runtime import prepare_keras_for
+from catdog.second_process import second_process
 from catdog.tracking import log_data_hash, stage
 
 
 def main() -> None:
     """Runs the stage."""
-    with stage("embed") as run:
+    with second_process() as second, stage("embed", second, meanwhile=prepare_keras_for) as run:
         log_data_hash(run, paths.TFRECORDS)
         params, augment, seed = run.params.embed, run.params.augment, run.params.seed
         require_variation(augment)
         verify_shards(paths.TFRECORDS, paths.SPLITS)
-        prepare_keras(seed, precision=run.params.runtime.precision)
         dataset = read_json(paths.PREPROCESS_REPORT)
         size = dataset["image_size"]
         backbones = get_backbones(run.params.backbone)

@@ -23,7 +23,7 @@ from catdog.model import class_probabilities, load_model, predict_classes
 from catdog.model_card import write_model_card
 from catdog.records import RecordReader, shard_paths, verify_shards
 from catdog.report_content import ReportContent, describe_weights
-from catdog.runtime import device_facts, prepare_keras
+from catdog.runtime import device_facts, prepare_keras_for
 from catdog.second_process import second_process
 from catdog.slices import sharpness
 from catdog.tracking import StageRun, log_data_hash, stage
@@ -31,11 +31,11 @@ from catdog.tracking import StageRun, log_data_hash, stage
 
 def main() -> None:
     """Runs the stage."""
-    with stage("evaluate") as run, second_process(import_libraries) as second:
+    with second_process() as second, stage("evaluate", second, meanwhile=prepare_keras_for) as run:
+        second.submit(import_libraries)
         log_data_hash(run, paths.TFRECORDS)
         params, seed = run.params.evaluate, run.params.seed
         verify_shards(paths.TFRECORDS, ["test"])
-        prepare_keras(seed, precision=run.params.runtime.precision)
         model, info = load_model(paths.MODEL)
         outputs = model.output_shape[-1]
         engine = choose_engine(run.params.embed.engine)

@@ -10,12 +10,14 @@ from catdog.files import read_json, read_manifest
 from catdog.preprocessing import open_encoder, open_writer
 from catdog.progress import progress
 from catdog.records import ImageRow, images_per_shard, mean_record_bytes, plan_shards, write_index
+from catdog.runtime import prepare_keras_for
+from catdog.second_process import second_process
 from catdog.tracking import log_data_hash, stage
 
 
 def main() -> None:
     """Runs the stage."""
-    with stage("preprocess") as run:
+    with second_process() as second, stage("preprocess", second, meanwhile=prepare_keras_for) as run:
         log_data_hash(run, paths.MANIFEST)
         params = run.params.preprocess
         classes = read_json(paths.DATA_REPORT)["classes"]

@@ -31,7 +31,7 @@ from catdog.inference import choose_engine, compile_forward
 from catdog.model import ModelInfo, assemble, build_head, logits_of, save_model, set_temperature
 from catdog.plots import import_matplotlib, plot_learning_curves
 from catdog.records import RecordReader, shard_paths, verify_shards
-from catdog.runtime import device_facts, distribution, full_precision, jit_compile, prepare_keras
+from catdog.runtime import device_facts, distribution, full_precision, jit_compile, prepare_keras_for
 from catdog.second_process import second_process
 from catdog.tracking import StageRun, dvc_outs, log_data_hash, stage
 from catdog.training import apply_head, best_epoch, join_histories
@@ -40,6 +40,7 @@ from catdog.workers import Job, JobCheckpoints, leave, read_job, taking_part, we
 
 if TYPE_CHECKING:
     import keras
+    import pandas as pd
 
 IN_MEMORY_BYTES = 256e6
 """Features of so many bytes are fitted from memory, twice as fast; more stay on the disk, so that memory stays flat."""
@@ -58,13 +59,16 @@ def main() -> None:
         print(f"catdog train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     with (
-        stage("train") as run,
+        second_process() as second,
+        # JAX must not be used before the workers of a job have met.
+        stage("train", second, meanwhile=prepare_keras_for if job is None else None) as run,
         taking_part(job, _facts(job, run.params)),
-        second_process(import_matplotlib) as drawing,
     ):
         log_data_hash(run, paths.FEATURES)
         params, seed = run.params.train, run.params.seed
-        prepare_keras(seed, precision=run.params.runtime.precision)
+        if job is not None:
+            prepare_keras_for(run.params)
+        second.submit(_import_beside)
         run.note(device_facts(run.params.runtime.xla, trains=True))
         # What the features were made with, not what params.yaml says: the model must match the features.
         embedded = read_json(paths.FEATURES_INFO)
@@ -90,35 +94,52 @@ def main() -> None:
             write_text(paths.HISTORY, history.round(6).to_csv(index=False))
             run.log_curves(history.round(6))
             best = best_epoch(history if tuned and tuned.improved else history.head(len(head_history)))
-            drawn = drawing.submit(plot_learning_curves, history, int(best["epoch"]), paths.LEARNING_CURVES)
+            drawn = second.submit(plot_learning_curves, history, int(best["epoch"]), paths.LEARNING_CURVES)
 
             logits = _validation_logits(run, model) if tuned and tuned.improved else apply_head(head, val)
-            calibration = calibrate(logits, val.labels, run.params.calibrate)
+            calibration = second.submit(calibrate, logits, val.labels, run.params.calibrate).result()
             set_temperature(model, calibration.temperature)
             info = replace(info, temperature=calibration.temperature, threshold=calibration.threshold)
             save_model(model, info, paths.MODEL)
             run.log_model(paths.MODEL)
-            report: dict[str, Any] = {
-                "best_epoch": int(best["epoch"]),
-                "epochs": len(history),
-                "best_val_loss": round(float(best["val_loss"]), 6),
-                "best_val_accuracy": round(float(best["val_accuracy"]), 6),
-                "temperature": round(calibration.temperature, 6),
-                "threshold": round(calibration.threshold, 6),
+            report = _report(best, len(history), info) | {
                 "head_parameters": head.count_params(),
                 "model_parameters": model.count_params(),
                 "model_bytes": paths.MODEL.stat().st_size,
             }
-            summary = (
-                f"best of {len(history)} epochs is {best['epoch']:.0f}: validation loss {best['val_loss']:.4f}, "
-                f"accuracy {best['val_accuracy']:.2%}"
-            )
             if tuned:
                 report["fine_tuning"] = tuned.report()
-                summary += f"; fine-tuning {'improved' if tuned.improved else 'did not improve'} the frozen model"
             drawn.result()
-            run.finish(report, summary)
+            run.finish(report, _summary(best, len(history), tuned))
             checkpoints.clear()
+
+
+def _import_beside() -> None:
+    """Imports what the second process will need, while this one builds and fits."""
+    import scipy.optimize  # noqa: F401
+
+    import_matplotlib()
+
+
+def _report(best: "pd.Series[Any]", epochs: int, info: ModelInfo) -> dict[str, Any]:
+    return {
+        "best_epoch": int(best["epoch"]),
+        "epochs": epochs,
+        "best_val_loss": round(float(best["val_loss"]), 6),
+        "best_val_accuracy": round(float(best["val_accuracy"]), 6),
+        "temperature": round(info.temperature, 6),
+        "threshold": round(info.threshold, 6),
+    }
+
+
+def _summary(best: "pd.Series[Any]", epochs: int, tuned: FineTuned | None) -> str:
+    text = (
+        f"best of {epochs} epochs is {best['epoch']:.0f}: validation loss {best['val_loss']:.4f}, "
+        f"accuracy {best['val_accuracy']:.2%}"
+    )
+    if tuned:
+        text += f"; fine-tuning {'improved' if tuned.improved else 'did not improve'} the frozen model"
+    return text
 
 
 def _validation_logits(run: StageRun, model: "keras.Model") -> npt.NDArray[np.float32]:
@@ -200,7 +221,7 @@ def _work_beside_the_first(job: Job) -> None:
         )
     settings = load_params(paths.PARAMS)
     with taking_part(job, _facts(job, settings)):
-        prepare_keras(settings.seed, precision=settings.runtime.precision)
+        prepare_keras_for(settings)
         info = _model_info(read_json(paths.PREPROCESS_REPORT), read_json(paths.FEATURES_INFO))
         train, val = open_features(paths.FEATURES, "train"), open_features(paths.FEATURES, "val")
         _, tuned = _fine_tune_copy(job, [], settings, info, train, val, Checkpoints(None))

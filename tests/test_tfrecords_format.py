@@ -55,7 +55,12 @@ def run_preprocess() -> dict:
     spec = importlib.util.spec_from_file_location("stage_preprocess", ROOT / "stages/preprocess.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    script.stage = lambda name: contextlib.nullcontext(run)
+
+    def begin(name, *_, meanwhile):
+        meanwhile(params)
+        return contextlib.nullcontext(run)
+
+    script.stage = begin
     script.log_data_hash = lambda *values: None
     script.main()
     return found

@@ -19,8 +19,8 @@ import requests
 from catdog.config import load_params
 from catdog.errors import CatdogError
 from catdog.files import read_json
-from catdog.tracking import StageRun, StoreError, connect, public_address, stage
-from conftest import STAGES, Project, Store, copy_project, wait_until
+from catdog.tracking import Recorded, StageRun, StoreError, connect, public_address, stage
+from conftest import STAGES, Project, Store, copy_project, stages_run, wait_until
 
 # Nothing listens there.
 NOBODY = "http://127.0.0.1:9"
@@ -122,6 +122,18 @@ def repro(project, uri, *targets):
     return done, time.monotonic() - started
 
 
+# The stages that each of the two copies below runs.
+LIVE = {"rate": ("train", "evaluate", "track"), "gallery": ("evaluate", "track")}
+
+
+def repro_stages(project, uri, stages):
+    """Runs the pipeline, which must succeed and come to these stages."""
+    done, _ = repro(project, uri)
+    require_success(done)
+    assert stages_run(done.stdout) == list(stages)
+    return done
+
+
 def require_success(done):
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -149,16 +161,14 @@ def started_without_server(pair, finished, tmp_path_factory):
     project = Project(root, finished.home)
     project.set_params({"tracking.required": False})
     with ThreadPoolExecutor() as pool:
-        yield project, pool.submit(repro, project, NOBODY)
+        yield project, pool.submit(repro_stages, project, NOBODY, LIVE["rate"])
 
 
 @pytest.fixture(scope="module")
 def unreachable(started_without_server):
     """The project that ran without a server, and how the run ended."""
     project, run = started_without_server
-    done, _ = run.result()
-    require_success(done)
-    return project, done
+    return project, run.result()
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +184,9 @@ def remote(pair, started_without_server, tmp_path_factory):
     with postgres(programs) as database, tracking_server(database, artifacts, environment) as address:
         started_without_server[1].result()  # it had the time in which the server starts
         with ThreadPoolExecutor() as pool:
-            for done, _ in pool.map(lambda project: repro(project, address), pair.values()):
-                require_success(done)
+            runs = [pool.submit(repro_stages, project, address, LIVE[name]) for name, project in pair.items()]
+            for run in runs:
+                run.result()
         yield address, artifacts
 
 
@@ -194,9 +205,7 @@ def server(remote, monkeypatch):
     return Store(remote[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "live"), [("rate", {"train", "evaluate", "track"}), ("gallery", {"evaluate", "track"})]
-)
+@pytest.mark.parametrize(("name", "live"), LIVE.items())
 def test_server_has_one_complete_parent_a_pipeline(server, pair, name, live):
     parents = parents_by_project(server)
     assert (len(server.parents()), sorted(parents)) == (2, ["gallery", "rate"])
@@ -361,14 +370,16 @@ def test_without_a_store_each_stage_says_so_in_one_line(unreachable):
     assert told == [
         f"catdog {stage}: the tracking store {NOBODY} failed ([Errno 111] Connection refused); check that it can be "
         "reached; working without MLflow"
-        for stage in ("train", "evaluate", "track")
+        for stage in LIVE["rate"]
     ]
     assert "Traceback" not in done.stderr
     assert "track: this run is not in MLflow" in done.stdout
 
 
-def test_without_a_store_the_outputs_are_the_same(unreachable, pair, remote):
-    assert unreachable[0].out_hashes() == pair["rate"].out_hashes()
+def test_without_a_store_the_outputs_are_the_same(unreachable, pair, remote, finished):
+    made = unreachable[0].out_hashes()
+    assert made == pair["rate"].out_hashes()
+    assert made["models/model.keras"] != finished.out_hashes()["models/model.keras"]
 
 
 def test_a_run_without_a_store_is_recorded_when_there_is_one(unreachable, tmp_path):
@@ -391,13 +402,12 @@ def test_a_run_without_a_store_is_recorded_when_there_is_one(unreachable, tmp_pa
 def test_a_server_that_fails_in_the_middle_stops_the_stage_with_a_sentence(
     finished, monkeypatch, tmp_path, capsys, error
 ):
-    monkeypatch.setattr(signal, "signal", lambda *arguments: None)  # a stage owns its process; this test does not
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(finished.root)
 
-    def fail(client):
+    def fail(client, recorded):
         raise error
 
     with pytest.raises(SystemExit) as stopped, stage("download") as run:
@@ -421,7 +431,10 @@ def test_a_store_that_goes_away_while_a_stage_works(finished, monkeypatch, tmp_p
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.chdir(tmp_path)
     params = load_params(finished.root / "params.yaml")
-    run = StageRun("download", params, tmp_path, store_required=required, client=MlflowClient(NOBODY), run_id="lost")
+    recorded = Recorded("download", params, "lost", "lost too")
+    run = StageRun(
+        "download", params, tmp_path, store_required=required, client=MlflowClient(NOBODY), recorded=recorded
+    )
     if required:
         with pytest.raises(StoreError, match=r"set tracking\.required to false"):
             run.measure({"seconds": 1})
@@ -438,7 +451,9 @@ def test_a_store_that_goes_away_while_a_stage_works(finished, monkeypatch, tmp_p
 
 
 def test_an_error_that_is_not_the_stores_is_never_passed_over(finished, tmp_path):
-    run = StageRun("train", load_params(finished.root / "params.yaml"), tmp_path, store_required=False, client=object())
+    params = load_params(finished.root / "params.yaml")
+    recorded = Recorded("train", params, "lost", "lost too")
+    run = StageRun("train", params, tmp_path, store_required=False, client=object(), recorded=recorded)
     with pytest.raises(AttributeError):
         run.measure({"seconds": 1})
 

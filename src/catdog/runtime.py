@@ -11,9 +11,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from catdog.startup import quick_imports, without
+
+if TYPE_CHECKING:
+    from catdog.config import Params
 
 Precision = Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"]
 Xla = Literal["auto", "always", "never"]
@@ -48,6 +51,11 @@ def prepare_keras(seed: int, *, precision: Precision = "auto") -> None:
     if backend == "tensorflow":
         tf.get_logger().setLevel("ERROR")
     keras.config.set_dtype_policy(choose_precision(precision))
+
+
+def prepare_keras_for(params: Params) -> None:
+    """As `prepare_keras`, with the seed and the precision of params.yaml."""
+    prepare_keras(params.seed, precision=params.runtime.precision)
 
 
 def _backend_asked() -> str:

@@ -7,34 +7,31 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 
 
 @contextlib.contextmanager
-def second_process(prepare: Callable[[], object]) -> Iterator[Executor]:
+def second_process() -> Iterator[Executor]:
     """Starts a process at once, and ends it with the block; what is still waiting for it then is not begun.
 
     It is a fresh one, since a copy of this one would hold its locks, so functions, arguments and results travel as
     pickles. It does one thing after the other. What a function raises there, its `result()` raises here.
-
-    Args:
-        prepare: imports what the functions need, beside whatever this process does meanwhile.
 
     Yields:
         Its `submit(function, *arguments)` returns a future.
     """
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_live_and_die_with_the_first)
     try:
-        pool.submit(prepare)
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _live_and_die_with_the_first() -> None:
-    # Ctrl-C reaches both; the first one tells, and ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches both, and what ends a group of processes does; the first one tells, and ends this one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     first = multiprocessing.parent_process()
     assert first is not None
 

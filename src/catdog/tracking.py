@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import csv
 import errno
+import functools
 import gc
 import hashlib
 import json
@@ -28,7 +29,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 from urllib.parse import urlsplit
@@ -37,7 +39,7 @@ from catdog import paths
 from catdog.config import Params, load_params
 from catdog.errors import CatdogError
 from catdog.files import read_json, read_yaml, write_json
-from catdog.signals import ended_by
+from catdog.signals import Ending, ended_by
 from catdog.startup import quick_imports
 
 if TYPE_CHECKING:
@@ -89,27 +91,63 @@ class StoreError(CatdogError):
     """The tracking store cannot be used."""
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What the store knows a stage's run by."""
+
+    name: str
+    params: Params
+    run_id: str
+    parent_id: str
+
+
 @dataclass
 class StageRun:
-    """What a stage script works with: its parameters, and where to put what it finds."""
+    """What a stage script works with: its parameters, and where to put what it finds.
+
+    Either this process writes into the store, or `second` does, beside whatever this one does meanwhile.
+    """
 
     name: str
     params: Params
     root: Path
     store_required: bool = True
-    client: MlflowClient | None = None  # None: the store cannot be used, and the stage works without it
-    run_id: str = ""
-    parent_id: str = ""
+    client: MlflowClient | None = None
+    second: Executor | None = None  # neither: the store cannot be used, and the stage works without it
+    recorded: Recorded | None = None
+    _under_way: list[Future[None]] = field(default_factory=list)
 
-    def record(self, write: Callable[[MlflowClient], object]) -> None:
-        """Calls `write` where there is a store.
+    @property
+    def has_store(self) -> bool:
+        """Whether this run is recorded."""
+        return self.recorded is not None and (self.client is not None or self.second is not None)
+
+    def record(self, write: Callable[..., object], *arguments: Any) -> None:
+        """Has `write(client, recorded, *arguments)` called where there is a store; a second process may do so later.
 
         One that fails stops the stage; with `tracking.required: false` that is told instead, and the rest of the
         stage works without it.
         """
-        if self.client is not None:
+        if self.recorded is None:
+            return
+        if self.second is not None:
+            self._under_way.append(self.second.submit(_write_beside, write, self.root, self.recorded, arguments))
+            self._settle([future for future in self._under_way if future.done()])
+        elif self.client is not None:
             with self.store_may_fail():
-                write(self.client)
+                write(self.client, self.recorded, *arguments)
+
+    def settle(self) -> None:
+        """Waits until the store has all that was recorded."""
+        self._settle(self._under_way)
+
+    def _settle(self, futures: Iterable[Future[None]]) -> None:
+        for future in list(futures):
+            if not self.has_store:
+                break
+            self._under_way.remove(future)
+            with self.store_may_fail():
+                future.result()
 
     @contextlib.contextmanager
     def store_may_fail(self) -> Iterator[None]:
@@ -122,30 +160,24 @@ class StageRun:
             told = _describe_store_error(error)
             if self.store_required:
                 raise StoreError(f"{told}, or set tracking.required to false to work without it") from error
-            self.client = None
+            self.client = self.second = None
             print(f"catdog {self.name}: {told}; working without MLflow", file=sys.stderr)
 
     def measure(self, values: Mapping[str, float]) -> None:
         """Logs what differs from run to run (rates, times): MLflow only, never in a stage's output."""
-        self.record(lambda client: _log(client, self.run_id, metrics=values))
+        self.record(_measure, values)
 
     def note(self, values: Mapping[str, str]) -> None:
         """Logs facts about this very run as tags (device, engine)."""
-        self.record(lambda client: _log(client, self.run_id, tags=values))
+        self.record(_note, values)
 
     def log_curves(self, table: Any) -> None:
         """Logs the training's history, a data frame with the columns epoch and CURVES."""
-        self.record(lambda client: _log_curves(client, self.run_id, table.to_dict("records")))
+        self.record(_log_own_curves, table.to_dict("records"))
 
     def log_model(self, model: Path) -> None:
         """Logs a .keras file as an MLflow model that `mlflow models serve` can start."""
-
-        def write(client: MlflowClient) -> None:
-            from catdog.serving import log_served_model
-
-            log_served_model(self.run_id, model)
-
-        self.record(write)
+        self.record(_log_model, model)
 
     def finish(self, report: Mapping[str, Any], summary: str) -> None:
         """Writes the stage's report file, logs it with the stage's artifacts, and tells the user in a line.
@@ -154,13 +186,73 @@ class StageRun:
         """
         files = STAGES[self.name]
         write_json(files.report, report)
-        self.record(lambda client: _log_stage_files(client, self.run_id, self.name))
+        self.record(_log_own_files)
+        self.settle()
         print(f"{self.name}: {summary}", flush=True)
 
 
+def _measure(client: MlflowClient, recorded: Recorded, values: Mapping[str, float]) -> None:
+    _log(client, recorded.run_id, metrics=values)
+
+
+def _note(client: MlflowClient, recorded: Recorded, values: Mapping[str, str]) -> None:
+    _log(client, recorded.run_id, tags=values)
+
+
+def _log_own_curves(client: MlflowClient, recorded: Recorded, rows: list[dict[str, Any]]) -> None:
+    _log_curves(client, recorded.run_id, rows)
+
+
+def _log_own_files(client: MlflowClient, recorded: Recorded) -> None:
+    _log_stage_files(client, recorded.run_id, recorded.name)
+
+
+def _log_model(client: MlflowClient, recorded: Recorded, model: Path) -> None:
+    from catdog.serving import log_served_model
+
+    log_served_model(recorded.run_id, model)
+
+
+@functools.cache
+def _connect_once(root: Path) -> MlflowClient:
+    return connect(root)
+
+
+def _open_beside(name: str, params: Params | None, root: Path) -> Recorded:
+    """In the second process: opens the run of a stage that works in the first one."""
+    try:
+        client = _connect_once(root)
+        parent_id, experiment_id = _open_parent(client, root, params, name)
+        return _create_run(client, name, params, parent_id, experiment_id)
+    except Exception as error:
+        raise _without_classes_of_libraries(error) from None
+
+
+def _write_beside(write: Callable[..., object], root: Path, recorded: Recorded, arguments: tuple[Any, ...]) -> None:
+    try:
+        write(_connect_once(root), recorded, *arguments)
+    except Exception as error:
+        raise _without_classes_of_libraries(error) from None
+
+
+def _without_classes_of_libraries(error: Exception) -> Exception:
+    """An error as it can travel between processes: not all exceptions of MLflow and SQLAlchemy can."""
+    return StoreError(_describe_store_error(error)) if _is_store_error(error) else error
+
+
 @contextlib.contextmanager
-def stage(name: str) -> Iterator[StageRun]:
+def stage(
+    name: str, second: Executor | None = None, *, meanwhile: Callable[[Params], object] | None = None
+) -> Iterator[StageRun]:
     """Runs the body of a stage script as a child run in MLflow.
+
+    MLflow's import takes as long as a fifth of a small stage. With a second process it is done there, beside Keras'
+    own in this one, and so is what the stage records. The run is open when the body begins all the same.
+
+    Args:
+        name: of the stage.
+        second: from `second_process`; None: this process writes into the store.
+        meanwhile: what this process does while the second one opens the run; it must write no output.
 
     A CatdogError ends the process with its sentence on standard error and exit code 2, and a full disk or a
     tracking store that cannot be used likewise; all mark the run FAILED, as every other exception does. SIGTERM
@@ -172,16 +264,18 @@ def stage(name: str) -> Iterator[StageRun]:
     try:
         root = paths.repository_root()
         params, mistake = _try_load_params()
-        with _stage_run(name, params, root) as run:
-            if mistake is not None:
-                raise mistake
-            yield run
-            seconds = time.monotonic() - started
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # Linux counts in kB
-            run.measure({"seconds": round(seconds, 2), "peak_memory_mb": round(peak, 1)})
-        if name == LAST_STAGE or (name in STAGES and nothing_follows(name)):
-            # DVC skips `track` where everything came out as dvc.lock says, as in a fresh clone: then this was all.
-            run.record(lambda client: _complete_before_track(client, run))
+        with ended_by(signal.SIGTERM, signal.SIGINT):
+            with _stage_run(name, params, root, second, meanwhile) as run:
+                if mistake is not None:
+                    raise mistake
+                yield run
+                seconds = time.monotonic() - started
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # Linux counts in kB
+                run.measure({"seconds": round(seconds, 2), "peak_memory_mb": round(peak, 1)})
+            if name == LAST_STAGE or (name in STAGES and nothing_follows(name)):
+                # DVC skips `track` where everything came out as dvc.lock says, as in a fresh clone: then this was all.
+                run.record(_complete_before_track)
+                run.settle()
     except CatdogError as error:
         # A mistake in params.yaml is what to mend first, even where the store cannot be used either.
         _stop(name, str(mistake or error))
@@ -195,9 +289,9 @@ def stage(name: str) -> Iterator[StageRun]:
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _complete_before_track(client: MlflowClient, run: StageRun) -> None:
-    complete_parent(run)
-    client.set_tag(run.parent_id, AWAITS_TRACK_TAG, "true")
+def _complete_before_track(client: MlflowClient, recorded: Recorded) -> None:
+    complete_parent(client, recorded)
+    client.set_tag(recorded.parent_id, AWAITS_TRACK_TAG, "true")
 
 
 def _stop(name: str, sentence: str) -> NoReturn:
@@ -240,47 +334,79 @@ def _try_load_params() -> tuple[Params | None, CatdogError | None]:
 
 
 @contextlib.contextmanager
-def _stage_run(name: str, params: Params | None, root: Path) -> Iterator[StageRun]:
+def _stage_run(
+    name: str,
+    params: Params | None,
+    root: Path,
+    second: Executor | None,
+    meanwhile: Callable[[Params], object] | None,
+) -> Iterator[StageRun]:
     # Without parameters the block only raises what is wrong with them.
     run = StageRun(name, cast("Params", params), root, store_required=params is None or params.tracking.required)
-    status = "FAILED"
+    status, cause = "FAILED", ""
     try:
         with ended_by(signal.SIGTERM, signal.SIGINT) as ending:
-            with run.store_may_fail():
-                client = connect(root)
-                parent = _find_or_create_parent(client, root, params, name)
-                run.parent_id = parent.info.run_id
-                tags = {PARENT_TAG: run.parent_id, STAGE_TAG: name, **_context_tags()}
-                with ending.afterwards():  # else nobody would know which run to mark
-                    created = client.create_run(parent.info.experiment_id, tags=tags, run_name=name)
-                    run.run_id, run.client = created.info.run_id, client
-            if params is not None:
-                run.record(lambda client: _log(client, run.run_id, params=_stage_params(name, params)))
+            if second is None:
+                _open_here(run, params, ending)
+            else:
+                opening = second.submit(_open_beside, name, params, root)
+                try:
+                    if params is not None and meanwhile is not None:
+                        meanwhile(params)
+                finally:
+                    # Whatever happens to the first process: there is a run to be marked.
+                    with ending.afterwards(), run.store_may_fail():
+                        run.recorded, run.second = opening.result(), second
             yield run
+            run.settle()
         status = "FINISHED"
     except SystemExit:
         status = "KILLED"
         raise
     except BaseException as error:
-        if run.client is not None:
-            with contextlib.suppress(Exception):
-                run.client.set_tag(run.run_id, "error", str(error)[:5000])
+        cause = str(error)
         raise
     finally:
         if status == "FINISHED":
-            run.record(lambda client: _end_stage(client, run))
-        elif run.client is not None:
+            run.record(_end_stage)
+            run.settle()
+        else:
             # The error under way tells more than one about a store that cannot be written either.
             with contextlib.suppress(Exception):
-                run.client.set_terminated(run.run_id, status)
-                run.client.set_terminated(run.parent_id, status)
+                run.record(_mark, status, cause)
+                run.settle()
 
 
-def _end_stage(client: MlflowClient, run: StageRun) -> None:
-    client.set_terminated(run.run_id, "FINISHED")
-    if run.name in STAGES:
+def _open_here(run: StageRun, params: Params | None, ending: Ending) -> None:
+    with run.store_may_fail():
+        client = connect(run.root)
+        parent_id, experiment_id = _open_parent(client, run.root, params, run.name)
+        with ending.afterwards():  # else nobody would know which run to mark
+            run.recorded, run.client = _create_run(client, run.name, params, parent_id, experiment_id), client
+
+
+def _create_run(client: MlflowClient, name: str, params: Params | None, parent_id: str, experiment_id: str) -> Recorded:
+    tags = {PARENT_TAG: parent_id, STAGE_TAG: name, **_context_tags()}
+    run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+    if params is not None:
+        _log(client, run_id, params=_stage_params(name, params))
+    return Recorded(name, cast("Params", params), run_id, parent_id)
+
+
+def _end_stage(client: MlflowClient, recorded: Recorded) -> None:
+    client.set_terminated(recorded.run_id, "FINISHED")
+    if recorded.name in STAGES:
         # Nobody knows whether DVC will start another stage: `dvc repro train` will not.
-        client.update_run(run.parent_id, status=BETWEEN_STAGES)
+        client.update_run(recorded.parent_id, status=BETWEEN_STAGES)
+
+
+def _mark(client: MlflowClient, recorded: Recorded, status: str, cause: str) -> None:
+    """Ends the run of a stage that did not come to its end, and its parent."""
+    if cause:
+        with contextlib.suppress(Exception):
+            client.set_tag(recorded.run_id, "error", cause[:5000])
+    client.set_terminated(recorded.run_id, status)
+    client.set_terminated(recorded.parent_id, status)
 
 
 def connect(root: Path) -> MlflowClient:
@@ -437,8 +563,8 @@ def pipeline_place(root: Path) -> str:
     return f"{socket.gethostname()}:{root}"
 
 
-def _find_or_create_parent(client: MlflowClient, root: Path, params: Params | None, stage_name: str) -> Run:
-    """Returns the parent run of this pipeline run.
+def _open_parent(client: MlflowClient, root: Path, params: Params | None, stage_name: str) -> tuple[str, str]:
+    """Finds or creates the parent run of this pipeline run; returns its identifier and its experiment's.
 
     One that did not finish is taken up again, whether it waits for its next stage, failed or was killed; one that
     FINISHED belongs to an earlier
@@ -474,7 +600,7 @@ def _find_or_create_parent(client: MlflowClient, root: Path, params: Params | No
         client.update_run(parent.info.run_id, status="RUNNING")
     if params is not None:
         _log(client, parent.info.run_id, params=params.flat())
-    return parent
+    return parent.info.run_id, parent.info.experiment_id
 
 
 def _context_tags() -> dict[str, str]:
@@ -578,10 +704,11 @@ def _log_stage_files(client: MlflowClient, run_id: str, name: str) -> None:
 
 def log_data_hash(run: StageRun, data: Path) -> None:
     """Names the data of a stage's run by the hash under which DVC keeps it (MLflow's "dataset" column)."""
-    run.record(lambda client: _log_data_hash(client, run, run.run_id, data))
+    run.record(_log_data_hash, data)
 
 
-def _log_data_hash(client: MlflowClient, run: StageRun, run_id: str, data: Path) -> None:
+def _log_data_hash(client: MlflowClient, recorded: Recorded, data: Path, run_id: str = "") -> None:
+    """Names the data of a stage's own run, or of another one."""
     from mlflow.data.dataset_source_registry import get_dataset_source_from_json
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
@@ -590,9 +717,10 @@ def _log_data_hash(client: MlflowClient, run: StageRun, run_id: str, data: Path)
     if out is None:
         return
     source = get_dataset_source_from_json(json.dumps({"uri": data.as_posix()}), "local")
-    dataset = MetaDataset(source, name=run.params.dataset[-200:], digest=out[:36])
+    dataset = MetaDataset(source, name=recorded.params.dataset[-200:], digest=out[:36])
     entity = dataset._to_mlflow_entity()
-    client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", run.name)])])
+    inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", recorded.name)])]
+    client.log_inputs(run_id or recorded.run_id, inputs)
 
 
 def _locked_stages(lock: Path) -> dict[str, Any]:
@@ -657,8 +785,8 @@ def dvc_hash(path: Path) -> str:
 
 def track(run: StageRun) -> None:
     """Completes the parent run, as `complete_parent`, and tells what of this pipeline run is not in MLflow."""
-    run.record(lambda client: _track(client, run))
-    if run.client is None:
+    run.record(_track)
+    if not run.has_store:
         print(
             "track: this run is not in MLflow, or not all of it; its numbers, pictures and model are in reports/ and "
             "models/, and `dvc repro --single-item --force track` records them when the store can be reached, but for "
@@ -667,12 +795,12 @@ def track(run: StageRun) -> None:
         )
 
 
-def _track(client: MlflowClient, run: StageRun) -> None:
-    name = complete_parent(run)
-    parent = client.get_run(run.parent_id)
+def _track(client: MlflowClient, recorded: Recorded) -> None:
+    name = complete_parent(client, recorded)
+    parent = client.get_run(recorded.parent_id)
     unmeasured = client.search_runs(
         [parent.info.experiment_id],
-        f"tags.`{PARENT_TAG}` = '{run.parent_id}' and tags.`{CACHED_TAG}` = '{ELSEWHERE}'",
+        f"tags.`{PARENT_TAG}` = '{recorded.parent_id}' and tags.`{CACHED_TAG}` = '{ELSEWHERE}'",
         order_by=["attributes.start_time ASC"],
     )
     stages = ", ".join(child.data.tags[STAGE_TAG] for child in unmeasured)
@@ -680,7 +808,7 @@ def _track(client: MlflowClient, run: StageRun) -> None:
     print(f"track: run {name!r} is complete{lacking}; compare runs with `mlflow ui`", flush=True)
 
 
-def complete_parent(run: StageRun) -> str:
+def complete_parent(client: MlflowClient, recorded: Recorded) -> str:
     """Makes the parent run complete, ends it, and returns its name.
 
     Stages that DVC skipped or restored get a child run "<stage> (cached)" from their report files, linked
@@ -688,9 +816,7 @@ def complete_parent(run: StageRun) -> str:
     become KILLED; every metric of the children, and the data's hash, is copied to the parent, because the
     runs table compares parents.
     """
-    client = run.client
-    assert client is not None
-    parent = client.get_run(run.parent_id)
+    parent = client.get_run(recorded.parent_id)
     parent_id, experiment_id = parent.info.run_id, parent.info.experiment_id
     # Newest last, so that a stage's latest attempt wins.
     children = client.search_runs(
@@ -699,7 +825,7 @@ def complete_parent(run: StageRun) -> str:
     done: dict[str, Run] = {}
     for child in children:
         name = child.data.tags.get(STAGE_TAG, "")
-        if child.info.status == "RUNNING" and child.info.run_id != run.run_id:
+        if child.info.status == "RUNNING" and child.info.run_id != recorded.run_id:
             client.set_terminated(child.info.run_id, "KILLED")
         elif child.info.status == "FINISHED" and name in STAGES:
             done[name] = child
@@ -708,7 +834,7 @@ def complete_parent(run: StageRun) -> str:
         if name in done and CACHED_TAG not in done[name].data.tags:
             client.set_tag(done[name].info.run_id, LOCK_TAG, hashes.get(name, ""))
         elif name not in done:
-            done[name] = _replay(client, run, name, parent_id, experiment_id, hashes.get(name, ""))
+            done[name] = _replay(client, recorded, name, experiment_id, hashes.get(name, ""))
     metrics: dict[str, float] = {}
     for name, child in done.items():
         values = client.get_run(child.info.run_id).data.metrics
@@ -720,7 +846,7 @@ def complete_parent(run: StageRun) -> str:
     if not curves & parent.data.metrics.keys():
         with paths.HISTORY.open(encoding="utf-8", newline="") as history:
             _log_curves(client, parent_id, csv.DictReader(history), prefix="train.")
-    _log_data_hash(client, run, parent_id, paths.RAW)
+    _log_data_hash(client, recorded, paths.RAW, parent_id)
     _log(client, parent_id, tags={f"dvc.out.{path}": digest for path, digest in dvc_outs().items()})
     for file in (paths.LEARNING_CURVES, paths.METRICS, paths.REPORT_PAGE, paths.MODEL_CARD):
         client.log_artifact(parent_id, str(file))
@@ -730,7 +856,7 @@ def complete_parent(run: StageRun) -> str:
     return str(parent.info.run_name)
 
 
-def _replay(client: MlflowClient, run: StageRun, name: str, parent_id: str, experiment_id: str, stage_hash: str) -> Run:
+def _replay(client: MlflowClient, recorded: Recorded, name: str, experiment_id: str, stage_hash: str) -> Run:
     """Creates the child run of a stage that DVC did not have to run."""
     originals = client.search_runs(
         [experiment_id],
@@ -740,14 +866,14 @@ def _replay(client: MlflowClient, run: StageRun, name: str, parent_id: str, expe
     )
     original = originals[0] if originals and stage_hash else None
     tags = {
-        PARENT_TAG: parent_id,
+        PARENT_TAG: recorded.parent_id,
         STAGE_TAG: name,
         CACHED_TAG: original.info.run_id if original else ELSEWHERE,
         **_context_tags(),
     }
     child = client.create_run(experiment_id, tags=tags, run_name=f"{name} (cached)")
     run_id = child.info.run_id
-    _log(client, run_id, params=_stage_params(name, run.params))
+    _log(client, run_id, params=_stage_params(name, recorded.params))
     if original is not None:
         # What the work cost when it was done: times and rates are in no report file.
         _log(client, run_id, metrics=original.data.metrics)
