@@ -284,24 +284,17 @@ def test_full_disk_under_the_store_ends_in_one_sentence(finished, tmp_path):
 # Through DVC: the last good outputs come back without their work being done again
 
 
-@pytest.mark.parametrize(
-    ("stage", "prepare"),
-    [
-        ("download", params(dataset="no/such/place")),
-        ("split", params(split__test=0.99)),
-    ],
-    ids=["download", "split"],
-)
-def test_good_outputs_come_back_after_a_failure(stage, prepare, finished, make_copy):
+def test_good_outputs_come_back_after_failures(finished, make_copy):
     project = make_copy()
     good = (project.root / "params.yaml").read_text()
-    prepare(project)
-    failed = project.dvc("repro")
-    assert failed.returncode != 0
-    assert f"catdog {stage}: " in failed.stderr
-    assert "Traceback" not in failed.stderr
-    assert project.store().last_child(stage).info.status == "FAILED"
-    (project.root / "params.yaml").write_text(good)
+    for stage, prepare in (("download", params(dataset="no/such/place")), ("split", params(split__test=0.99))):
+        prepare(project)
+        failed = project.dvc("repro")
+        assert failed.returncode != 0
+        assert f"catdog {stage}: " in failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert project.store().last_child(stage).info.status == "FAILED"
+        (project.root / "params.yaml").write_text(good)
     assert project.repro() == []
     assert project.out_hashes() == finished.out_hashes()
     assert project.dvc("status").stdout.strip() == "source:\n\talways changed"

@@ -145,7 +145,7 @@ def test_key_tells_parameters_and_code_apart(tmp_path):
     assert key != run_key({"a": 1, "b": [2.5]}, code)
 
 
-HEAD_EPOCHS, TUNE_EPOCHS = 90, 25
+HEAD_EPOCHS, TUNE_EPOCHS = 60, 12
 
 
 def train_all(place: str) -> None:

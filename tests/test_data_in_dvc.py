@@ -5,29 +5,29 @@ import zipfile
 
 import pytest
 
-from conftest import NO_NETWORK, Project, draw_shape, new_project
+from conftest import NO_NETWORK, SHAPES, Project, copy_project, draw_shape
 from internet import Internet, send
+
+PICTURES = "pictures/shapes"
 
 
 @pytest.fixture
-def project(tmp_path) -> Project:
-    """A project on a folder of pictures, before its first run."""
-    project = new_project(tmp_path / "project", tmp_path / "home", {"dataset": "pictures"})
-    for kind in ("disc", "stripes"):
-        for number in range(16):
-            draw(project, f"pictures/{kind}/{number}.png", kind, number)
+def project(shapes, tmp_path) -> Project:
+    """A copy of the project on a folder of pictures, which git does not know, after its first run."""
+    project = copy_project(shapes, tmp_path / "project")
+    with (project.root / ".git/info/exclude").open("a") as file:
+        file.write(f"/{PICTURES}/\n")
     return project
 
 
-def draw(project, name, kind, number):
-    path = project.root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+def draw(project, kind, number):
+    path = project.root / PICTURES / kind / f"{number}.png"
     draw_shape(kind, number).save(path)
 
 
-def split(project, **environment) -> list[str]:
-    """Runs the pipeline up to `split` and returns the stages that ran."""
-    done = project.dvc("repro", "split", **(NO_NETWORK | environment))
+def repro(project, target, **environment) -> list[str]:
+    """Runs the pipeline up to `target` and returns the stages that ran."""
+    done = project.dvc("repro", target, **(NO_NETWORK | environment))
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage '")]
 
@@ -41,24 +41,23 @@ def manifest(project) -> str:
 
 
 def test_change_behind_a_path_is_noticed_and_only_then_the_data_is_brought_again(project):
-    assert split(project) == ["source", "download", "split"]
-    assert split(project) == ["source"]
-    draw(project, "pictures/disc/99.png", "disc", 99)
-    assert split(project) == ["source", "download", "split"]
+    assert repro(project, "split") == ["source"]
+    draw(project, "disc", 99)
+    assert repro(project, "split") == ["source", "download", "split"]
     assert "disc/99.png" in manifest(project)
     # The same bytes at another time: brought again, found equal, and nothing after it runs.
-    draw(project, "pictures/disc/99.png", "disc", 99)
-    assert split(project) == ["source", "download"]
+    draw(project, "disc", 99)
+    assert repro(project, "split") == ["source", "download"]
 
 
 def test_lists_of_images_are_noticed(project):
     project.set_params({"split.exclude": "leave-out.csv"})
     (project.root / "leave-out.csv").write_text("path\ndisc/3.png\n")
-    split(project)
+    repro(project, "split")
     assert "disc/3.png" not in manifest(project)
     assert "disc/3.png,disc,excluded," in (project.root / "reports/rejected.csv").read_text()
     (project.root / "leave-out.csv").write_text("path\ndisc/4.png\n")
-    assert split(project) == ["source", "split"]
+    assert repro(project, "split") == ["source", "split"]
     assert "disc/3.png" in manifest(project) and "disc/4.png" not in manifest(project)
     (project.root / "leave-out.csv").unlink()
     failed = project.dvc("repro", "split", **NO_NETWORK)
@@ -67,19 +66,19 @@ def test_lists_of_images_are_noticed(project):
 
 
 def test_data_tracked_by_dvc_keeps_its_hash_and_an_unrecorded_change_is_told(project):
-    assert project.dvc("add", "pictures").returncode == 0
-    split(project)
-    recorded = (project.root / "pictures.dvc").read_text()
+    assert project.dvc("add", PICTURES).returncode == 0
+    assert repro(project, "split") == ["source", "download"]
+    recorded = (project.root / f"{PICTURES}.dvc").read_text()
     facts = download_facts(project)["origin"]
-    assert facts["dvc_file"] == "pictures.dvc" and facts["dvc_hash"].endswith(".dir")
+    assert facts["dvc_file"] == f"{PICTURES}.dvc" and facts["dvc_hash"].endswith(".dir")
     assert f"md5: {facts['dvc_hash']}" in recorded
     assert facts["dvc_hash"] in str(project.store().last_child("download").data.params)
 
-    draw(project, "pictures/disc/99.png", "disc", 99)
+    draw(project, "disc", 99)
     failed = project.dvc("repro", "split", **NO_NETWORK)
-    assert failed.returncode != 0 and "is not what pictures.dvc records" in failed.stderr
-    assert project.dvc("add", "pictures").returncode == 0
-    assert split(project) == ["source", "download", "split"]
+    assert failed.returncode != 0 and f"is not what {PICTURES}.dvc records" in failed.stderr
+    assert project.dvc("add", PICTURES).returncode == 0
+    assert repro(project, "split") == ["source", "download", "split"]
     assert download_facts(project)["origin"]["dvc_hash"] != facts["dvc_hash"]
 
 
@@ -91,46 +90,47 @@ def test_data_from_import_url_keeps_its_hash(project, tmp_path):
     imported = project.dvc("import-url", str(elsewhere), "imported.zip")
     assert imported.returncode == 0, imported.stderr
     project.set_params({"dataset": "imported.zip"})
-    done = project.dvc("repro", "download", **NO_NETWORK)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert repro(project, "download") == ["source", "download"]
     facts = download_facts(project)["origin"]
     assert f"md5: {facts['dvc_hash']}" in (project.root / "imported.zip.dvc").read_text()
 
 
 def test_change_behind_an_address_is_noticed(project):
-    state = {"kinds": ("disc", "stripes")}
+    shown = {"disc", "stripes"}
 
     def site(request):
         path = project.root / "served.zip"
         with zipfile.ZipFile(path, "w") as archive:
-            for file in sorted((project.root / "pictures").rglob("*.png")):
-                if file.parent.name in state["kinds"]:
+            for file in sorted((project.root / PICTURES).rglob("*.png")):
+                if file.parent.name in shown:
                     archive.writestr(zipfile.ZipInfo(f"{file.parent.name}/{file.name}"), file.read_bytes())
         return send(request, path.read_bytes())
+
+    def brought():
+        with zipfile.ZipFile(project.root / "data/raw.zip") as archive:
+            return {name.split("/")[0] for name in archive.namelist()}
 
     with Internet({"data.example.org": site}) as internet:
         # DVC itself asks for nothing; the stages do.
         project.set_params({"dataset": "https://data.example.org/pictures.zip"})
-        assert split(project, **internet.environment) == ["source", "download", "split"]
-        assert split(project, **internet.environment) == ["source"]
-        for number in range(16):
-            draw(project, f"pictures/square/{number}.png", "square", number)
-        state["kinds"] = ("disc", "square")
-        assert split(project, **internet.environment) == ["source", "download", "split"]
-        assert "square" in manifest(project)
+        assert repro(project, "download", **internet.environment) == ["source", "download"]
+        assert brought() == shown
+        assert repro(project, "download", **internet.environment) == ["source"]
+        shown.add("square")
+        assert repro(project, "download", **internet.environment) == ["source", "download"]
+        assert brought() == set(SHAPES)
         asked = [request.method for request in internet.requests]
         assert asked.count("GET") == 2, "the data was brought twice, and otherwise only looked at"
     # Without the server: the data is there, and that it could not be asked is said.
-    done = project.dvc("repro", "split", **NO_NETWORK)
+    done = project.dvc("repro", "download", **NO_NETWORK)
     assert done.returncode == 0 and "cannot be asked whether it changed" in done.stderr
     assert "Running stage 'download'" not in done.stdout
 
 
 def test_experiment_in_a_copy_sees_the_users_folder(project):
-    project.set_params({"split.method": "folds", "split.folds": 4})
     project.commit()
-    split(project)
-    project.commit()
-    done = project.dvc("exp", "run", "--temp", "--name", "other", "-S", "split.fold=1", "split", **NO_NETWORK)
+    assert not project.git("ls-files", PICTURES)
+    folds = [word for change in ("method=folds", "folds=4", "fold=1") for word in ("-S", f"split.{change}")]
+    done = project.dvc("exp", "run", "--temp", "--name", "other", *folds, "split", **NO_NETWORK)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Running stage 'split'" in done.stdout and "Running stage 'download'" not in done.stdout

@@ -264,7 +264,7 @@ def test_any_data_set_is_accounted_for_and_leaks_nothing(form):
     divided = []
 
     @seed(list(FORMS).index(form))
-    @settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=9, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(data_sets(form), st.randoms(use_true_random=False))
     def check(data_set: DataSet, rng: random.Random) -> None:
         outcome = curate(data_set.named(), data_set.form)
@@ -291,7 +291,7 @@ def test_any_data_set_is_accounted_for_and_leaks_nothing(form):
 
     check()
     # Most data sets must come through, or the test proves little.
-    assert sum(divided) >= 8
+    assert sum(divided) >= 5
 
 
 @pytest.mark.parametrize("form", ["zip", "deflated zip"])

@@ -464,20 +464,29 @@ def test_documentation_shows_every_format():
     assert BLOCKS.keys() == {"picture.py", *FORMATS}
 
 
-@pytest.mark.parametrize("format_", FORMATS)
-def test_documented_example_gives_the_models_answer_without_this_project(tmp_path, format_):
+def test_documented_examples_give_the_models_answer_without_this_project(tmp_path):
+    """One after the other in one process, which imports TensorFlow once."""
     save_model(*joined_model(), tmp_path / "model.keras")
-    export(tmp_path / "model.keras", tmp_path / f"model-float32.{format_}", format_, "float32")
     Image.fromarray(some_pixels(1, 64)[0]).save(tmp_path / "cat.jpg", quality=95)
     (tmp_path / "picture.py").write_text(BLOCKS["picture.py"])
-    (tmp_path / "example.py").write_text(BLOCKS[format_])
+    for format_ in FORMATS:
+        export(tmp_path / "model.keras", tmp_path / f"model-float32.{format_}", format_, "float32")
+        (tmp_path / f"{format_}_example.py").write_text(BLOCKS[format_])
+    run_all = (
+        "import runpy, sys; sys.path.insert(0, '.')\n"
+        f"for name in {list(FORMATS)}: print(end=name + ' ', flush=True); "
+        "runpy.run_path(name + '_example.py', run_name='__main__')\n"
+        "assert 'catdog' not in sys.modules"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", run_all], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     classifier = Classifier(tmp_path / "model.keras", engine="keras")
     wanted = classifier.probabilities([classifier.pixels((tmp_path / "cat.jpg").read_bytes())[np.newaxis]])
-    label, _, numbers = done.stdout.strip().partition(" ")
-    assert label == classifier.info.class_names[classifier.labels(wanted)[0]]
-    assert np.array(numbers.strip("[]").split(), float) == pytest.approx(wanted[0], abs=1e-5)
+    answers = [line.split(" ", 2) for line in done.stdout.strip().splitlines()]
+    assert [format_ for format_, _, _ in answers] == list(FORMATS)
+    for _, label, numbers in answers:
+        assert label == classifier.info.class_names[classifier.labels(wanted)[0]]
+        assert np.array(numbers.strip("[]").split(), float) == pytest.approx(wanted[0], abs=1e-5)

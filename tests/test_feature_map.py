@@ -43,9 +43,16 @@ def some_pixels(count=7):
     return np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("engine", ["keras", "openvino"])
 @pytest.mark.parametrize("pooling", ["avg", "max", "flatten"])
-@pytest.mark.parametrize(("names", "classes"), [("vgg16", 2), ("mobilenetv2", 3), ("vgg16+mobilenetv2", 2)])
+@pytest.mark.parametrize(
+    ("names", "classes", "engine"),
+    [
+        ("vgg16", 2, "keras"),
+        ("mobilenetv2", 3, "openvino"),
+        ("vgg16+mobilenetv2", 2, "keras"),
+        ("vgg16+mobilenetv2", 2, "openvino"),
+    ],
+)
 def test_features_come_beside_the_same_probabilities(tmp_path, engine, pooling, names, classes):
     save_model(*small_model(names, pooling, classes), tmp_path / "model.keras")
     model, info = load_model(tmp_path / "model.keras")
@@ -157,7 +164,7 @@ print([hashlib.sha256(project(features, method, 1).tobytes()).hexdigest() for me
 
 def test_places_repeat_to_the_byte_whatever_the_number_of_threads():
     told = set()
-    for threads in ("1", "2", "4"):
+    for threads in ("1", "4"):
         environment = os.environ | {
             "PYTHONPATH": str(Path(feature_map.__file__).parents[1]),
             "OMP_NUM_THREADS": threads,

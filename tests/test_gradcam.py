@@ -1,5 +1,7 @@
 """Grad-CAM shows the evidence for a class, as the paper's formula has it, whatever the network, pooling and head."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -91,9 +93,14 @@ def expected(model, name, pooling, pixels, classes):
     return np.array(heats)
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2", "vgg16"])
-@pytest.mark.parametrize("pooling", ["avg", "max", "flatten"])
-@pytest.mark.parametrize(("classes", "hidden"), [(2, ()), (2, (7, 5)), (4, ()), (4, (7,))])
+@pytest.mark.parametrize(
+    ("name", "pooling", "classes", "hidden"),
+    [
+        *itertools.product(["mobilenetv2", "vgg16"], ["avg", "max", "flatten"], [2], [(), (7, 5)]),
+        *itertools.product(["mobilenetv2", "vgg16"], ["avg", "max", "flatten"], [4], [(), (7,)]),
+        ("densenet121", "avg", 2, ()),  # its preprocessing is a third one
+    ],
+)
 def test_maps_are_the_papers(name, pooling, classes, hidden):
     model, info = small_model(name, pooling, classes=classes, hidden=hidden)
     pixels, wanted = some_pixels(6), np.arange(6) % classes
@@ -105,12 +112,13 @@ def test_maps_are_the_papers(name, pooling, classes, hidden):
     assert heat == pytest.approx(expected(model, name, pooling, pixels, wanted), abs=1e-4)
 
 
-# One of each family; VGG19, ResNet101 and the larger EfficientNets differ from theirs in the number of layers alone.
-FAMILIES = sorted(BACKBONES.keys() - {"vgg19", "resnet101", "efficientnetb1", "efficientnetb2", "efficientnetb3"})
+# In all networks but VGG the last convolution is the output, as `test_backbones` has it. These differ in what is
+# around it: VGG's pooling, the preprocessing outside or inside the network, and a layer that was renamed or copied.
+FAMILIES = ["convnexttiny", "efficientnetb0", "mobilenetv2", "resnet50", "vgg16"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_backbone_can_be_explained(name):
+def test_every_kind_of_backbone_can_be_explained(name):
     """With average pooling and a linear head, Grad-CAM is the maps times the head's kernel (section 3.1)."""
     keras.utils.set_random_seed(1)
     backbone = BACKBONES[name]
@@ -247,8 +255,9 @@ prepare_keras(1)
 from catdog.gradcam import build_gradcam
 from catdog.model import load_model
 pixels, classes = np.load("pixels.npy"), np.load("classes.npy")
-for name in ("one", "two"):
-    np.save(f"{name}.npy", build_gradcam(*load_model(Path(f"{name}.keras")), batch_size=3)(pixels, classes))
+for name, batch_size in (("one", 5), ("two", 3)):
+    explain = build_gradcam(*load_model(Path(f"{name}.keras")), batch_size=batch_size)
+    np.save(f"{name}.npy", explain(pixels, classes))
 """
 
 

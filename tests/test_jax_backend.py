@@ -55,7 +55,7 @@ BACKBONES = {
 }
 
 
-LOADED = """
+LOADED_AND_TRAINED = """
 from pathlib import Path
 import numpy as np
 from catdog.runtime import prepare_keras
@@ -68,43 +68,14 @@ for name in ("tf", "caffe", "torch"):
     forward = compile_forward(model, choose_engine("auto"), batch_size=4)
     np.save(f"{name}.npy", forward([pictures[:4], pictures[4:]]))
 print(choose_engine("auto"), info.class_names)
-"""
 
-
-def test_saved_model_gives_the_same_probabilities(tmp_path):
-    prepare_keras(1)
-    rng = np.random.default_rng(0)
-    pictures = (rng.integers(0, 256, (7, 32, 32, 3)) * rng.uniform(0.1, 1, (7, 1, 1, 3))).astype(np.uint8)
-    np.save(tmp_path / "pictures.npy", pictures)
-    expected = {}
-    for name, backbone in BACKBONES.items():
-        network = build_network(32)
-        # Not what BatchNorm and biases start with, which changes nothing.
-        weights = [value + rng.uniform(0, 0.3, value.shape) * (value.ndim == 1) for value in network.get_weights()]
-        network.set_weights(weights)
-        head = build_head(16, 3, TrainParams(hidden_units=(8,)), 1)
-        model = assemble([network], [backbone], head, 32, "avg")
-        info = ModelInfo(("cat", "dog", "emu"), 32, "stretch", 95, name, "random", "avg")
-        save_model(model, info, tmp_path / f"{name}.keras")
-        expected[name] = compile_forward(model, "keras")([pictures])
-    assert under_jax(LOADED, tmp_path) == "keras ('cat', 'dog', 'emu')\n"
-    for name, probabilities in expected.items():
-        assert np.load(tmp_path / f"{name}.npy") == pytest.approx(probabilities, abs=1e-4)
-        assert np.ptp(probabilities, axis=0).max() > 3e-3  # pictures differ by far more than the backends
-
-
-TRAINED = """
-from pathlib import Path
-import numpy as np
-from catdog.runtime import prepare_keras
-prepare_keras(1)
 from catdog.config import TrainParams
 from catdog.features import FeatureSet
-from catdog.inference import compile_forward
 from catdog.model import ModelInfo, assemble, build_extractor, build_head, save_model
 from catdog.training import fit_head
 from test_jax_backend import BACKBONES, build_network
 
+prepare_keras(1)
 backbone, network = BACKBONES["caffe"], build_network(32)
 extractor = build_extractor([network], [backbone], 32, "avg")
 rng = np.random.default_rng(0)
@@ -126,9 +97,26 @@ np.savez("jax.npz", pictures=pictures, probabilities=compile_forward(model, "ker
 """
 
 
-def test_head_learns_and_its_model_runs_with_tensorflow(tmp_path):
-    under_jax(TRAINED, tmp_path)
+def test_saved_model_gives_the_same_probabilities_and_one_trained_there_runs_with_tensorflow(tmp_path):
     prepare_keras(1)
+    rng = np.random.default_rng(0)
+    pictures = (rng.integers(0, 256, (7, 32, 32, 3)) * rng.uniform(0.1, 1, (7, 1, 1, 3))).astype(np.uint8)
+    np.save(tmp_path / "pictures.npy", pictures)
+    expected = {}
+    for name, backbone in BACKBONES.items():
+        network = build_network(32)
+        # Not what BatchNorm and biases start with, which changes nothing.
+        weights = [value + rng.uniform(0, 0.3, value.shape) * (value.ndim == 1) for value in network.get_weights()]
+        network.set_weights(weights)
+        head = build_head(16, 3, TrainParams(hidden_units=(8,)), 1)
+        model = assemble([network], [backbone], head, 32, "avg")
+        info = ModelInfo(("cat", "dog", "emu"), 32, "stretch", 95, name, "random", "avg")
+        save_model(model, info, tmp_path / f"{name}.keras")
+        expected[name] = compile_forward(model, "keras")([pictures])
+    assert under_jax(LOADED_AND_TRAINED, tmp_path) == "keras ('cat', 'dog', 'emu')\n"
+    for name, probabilities in expected.items():
+        assert np.load(tmp_path / f"{name}.npy") == pytest.approx(probabilities, abs=1e-4)
+        assert np.ptp(probabilities, axis=0).max() > 3e-3  # pictures differ by far more than the backends
     model, _ = model_module.load_model(tmp_path / "jax.keras")
     with np.load(tmp_path / "jax.npz") as arrays:
         assert compile_forward(model, "keras")([arrays["pictures"]]) == pytest.approx(arrays["probabilities"], abs=1e-4)

@@ -87,8 +87,7 @@ def archives():
 # One path from bytes to probabilities
 
 
-@pytest.mark.parametrize("engine", ["keras", "auto"])
-def test_probabilities_are_those_of_the_evaluation(tmp_path, archives, engine):
+def test_probabilities_are_those_of_the_evaluation(tmp_path, archives):
     """A pretrained network on the drawn sample: shards, reader and table of the evaluate stage on the other side."""
     backbone, names = get_backbone("mobilenetv2"), ("cat", "dog")
     network = build_backbone(backbone, 64)
@@ -109,14 +108,15 @@ def test_probabilities_are_those_of_the_evaluation(tmp_path, archives, engine):
     table = prediction_table(judged)
 
     files, _ = find_images([tmp_path / "raw.zip"], archives)
-    found = classify(Classifier(tmp_path / "model.keras", engine=engine), files)
-    assert (found.unreadable, len(files)) == ([], 22)
-    assert [name.removeprefix(f"{tmp_path}/raw.zip/") for name in found.names] == table["path"].tolist()
-    assert np.abs(found.probabilities[:, 1] - table["p_dog"]).max() < 1e-5
-    assert np.ptp(table["p_dog"]) > 1e-2  # pictures differ by far more than that
-    rows = list(csv.DictReader(format_predictions(found, names, "csv").splitlines()))
-    assert [row["label"] for row in rows] == table["predicted"].tolist()
-    assert [float(row["probability"]) for row in rows] == pytest.approx(table["confidence"].tolist(), abs=1e-5)
+    for engine in ("keras", "auto"):
+        found = classify(Classifier(tmp_path / "model.keras", engine=engine), files)
+        assert (found.unreadable, len(files)) == ([], 22)
+        assert [name.removeprefix(f"{tmp_path}/raw.zip/") for name in found.names] == table["path"].tolist()
+        assert np.abs(found.probabilities[:, 1] - table["p_dog"]).max() < 1e-5
+        assert np.ptp(table["p_dog"]) > 1e-2  # pictures differ by far more than that
+        rows = list(csv.DictReader(format_predictions(found, names, "csv").splitlines()))
+        assert [row["label"] for row in rows] == table["predicted"].tolist()
+        assert [float(row["probability"]) for row in rows] == pytest.approx(table["confidence"].tolist(), abs=1e-5)
 
 
 def test_a_model_decides_by_its_own_threshold(tmp_path, capsys):

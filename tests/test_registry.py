@@ -44,7 +44,26 @@ def built(tmp_path_factory) -> Project:
 @pytest.fixture
 def project(built, tmp_path, monkeypatch) -> Project:
     """A copy whose runs of `train` left a model in the store, and which this process sees as its user does."""
-    copied = tiny_registry.copy(built, tmp_path / "project", monkeypatch)
+    return _copy(built, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def first_promoted(built, tmp_path_factory) -> Project:
+    """The project after its first promotion; tests change copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        project = _copy(built, tmp_path_factory.mktemp("promoted"), patch)
+        run_promote(project.root, None)
+    return project
+
+
+@pytest.fixture
+def promoted(first_promoted, tmp_path, monkeypatch) -> Project:
+    """A copy of the project after its first promotion."""
+    return _copy(first_promoted, tmp_path, monkeypatch)
+
+
+def _copy(source, folder, monkeypatch) -> Project:
+    copied = tiny_registry.copy(source, folder / "project", monkeypatch)
     monkeypatch.setattr(registry, "mirror_version", _cheap(registry.mirror_version))
     return copied
 
@@ -183,8 +202,8 @@ def test_story_of_two_candidates(project, capsys):
         assert dvc_hash(root / file) == model_hash(project, f"{NAME}@v1.2.0")
 
 
-def test_tag_and_mlflow_keep_who_what_and_why(project):
-    run_promote(project.root, None)
+def test_tag_and_mlflow_keep_who_what_and_why(promoted):
+    project = promoted
     run_promote(project.root, "worse", force="the test pictures\nare of the old camera")
     now = state(project)
     version = now.versions[0]
@@ -200,8 +219,8 @@ def test_tag_and_mlflow_keep_who_what_and_why(project):
     assert "promote.forced" not in mirror(project)["v1.0.0"].tags
 
 
-def test_dry_run_shows_everything_and_changes_nothing(project, capsys):
-    run_promote(project.root, None)
+def test_dry_run_shows_everything_and_changes_nothing(promoted, capsys):
+    project = promoted
     before = everything(project)
     capsys.readouterr()
     run_promote(project.root, "vgg", dry_run=True)
@@ -222,8 +241,8 @@ def test_dry_run_shows_everything_and_changes_nothing(project, capsys):
     assert everything(project) == before
 
 
-def test_refusal_names_every_failed_check_with_both_numbers_and_changes_nothing(project):
-    run_promote(project.root, None)
+def test_refusal_names_every_failed_check_with_both_numbers_and_changes_nothing(promoted):
+    project = promoted
     tiny_registry.experiment(project, "bad", {"train.epochs": 30, "train.dropout": 0.3, "split.fold": 2})
     before = everything(project)
     with pytest.raises(CatdogError) as refusal:
@@ -441,8 +460,8 @@ def test_experiment_on_code_that_changed_since_is_not_reproducible(project):
         run_promote(project.root, "better")
 
 
-def test_clock_that_is_behind_the_last_tag_is_told(project):
-    run_promote(project.root, None)
+def test_clock_that_is_behind_the_last_tag_is_told(promoted):
+    project = promoted
     project.run("git", "tag", "-a", "-m", "later", f"{NAME}#prod#2", GIT_COMMITTER_DATE="2090-01-01T00:00:00Z")
     with pytest.raises(CatdogError, match=r"assigned to prod at 2090-01-01 00:00, which is in the future"):
         run_promote(project.root, "better")
@@ -456,8 +475,8 @@ STEPS = ["push_outs", "register", "assign", "_adopt", "_mirror_version", "mirror
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_step_that_fails_leaves_no_half_and_a_second_call_completes(project, monkeypatch, step):
-    run_promote(project.root, None)
+def test_step_that_fails_leaves_no_half_and_a_second_call_completes(promoted, monkeypatch, step):
+    project = promoted
     before = everything(project)
     module = api if step in ("register", "assign") else registry
 
@@ -489,8 +508,8 @@ run_promote(Path.cwd(), "better")
 """
 
 
-def test_promotion_that_is_killed_between_the_tags_is_completed_by_a_second_call(project):
-    run_promote(project.root, None)
+def test_promotion_that_is_killed_between_the_tags_is_completed_by_a_second_call(promoted):
+    project = promoted
     killed = project.run(sys.executable, "-c", KILLED, PYTHONPATH=str(REPOSITORY / "src"))
     assert killed.returncode == 9, killed.stderr
     assert tags(project) == [f"{NAME}#prod#1", f"{NAME}@v1.0.0", f"{NAME}@v1.0.1"]
@@ -648,8 +667,8 @@ def test_fetch_from_here_a_clone_without_cache_and_an_address(project, tmp_path,
     assert resolve_model(fresh.root, "v1.0.1") == file, "no remote is asked for what is there"
 
 
-def test_fetch_of_what_is_not_there_is_told_and_leaves_the_old_file(project, tmp_path):
-    run_promote(project.root, None)
+def test_fetch_of_what_is_not_there_is_told_and_leaves_the_old_file(promoted, tmp_path):
+    project = promoted
     target = tmp_path / "model.keras"
     target.write_text("old")
 
@@ -707,8 +726,8 @@ def test_remote_that_fails_stops_before_the_tags(project, tmp_path):
     assert tags(project) == []
 
 
-def test_rollback_to_a_version_whose_file_is_lost_is_refused(project):
-    run_promote(project.root, None)
+def test_rollback_to_a_version_whose_file_is_lost_is_refused(promoted):
+    project = promoted
     run_promote(project.root, "better")
     cached(project, model_hash(project, f"{NAME}@v1.0.0")).unlink()
     with pytest.raises(CatdogError, match=r"models/model\.keras of commit \w{7} is neither in DVC's cache nor in"):

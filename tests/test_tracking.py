@@ -127,19 +127,6 @@ def test_repro_without_change_adds_no_run(finished):
     assert [run.info.run_id for run in finished.store().runs()] == before
 
 
-def test_a_fresh_clone_that_repeats_dvc_lock_has_a_complete_parent(clone, finished):
-    assert clone.out_hashes() == finished.out_hashes()
-    (parent,) = clone.store().parents()
-    live = [run.info.run_name for run in clone.store().children(parent)]
-    assert live in (list(STAGES), list(STAGES[:-1]))  # DVC may or may not find something for `track`
-    assert parent.info.status == "FINISHED"
-    (original,) = finished.store().parents()
-    assert {k: parent.data.metrics[k] for k in TEST_METRICS} == {k: original.data.metrics[k] for k in TEST_METRICS}
-    assert {name for name in parent.data.metrics if name.endswith("seconds")} >= {
-        f"{stage}.seconds" for stage in STAGES[:-1]
-    }
-
-
 # A stage that fails, is terminated, is killed; then the pipeline goes on
 
 
@@ -156,9 +143,11 @@ def test_killed_stage_cannot_mark_itself(interruptions):
 
 
 def test_next_repro_goes_on_and_completes_the_same_parent(elsewhere, other_store, interruptions):
-    assert interruptions["stages run"] == ["train", "evaluate", "track"]
+    # In a clone that repeats dvc.lock DVC may or may not find something for `track`.
+    assert interruptions["stages run"] in (["train", "evaluate", "track"], ["train", "evaluate"])
+    tracked = "track" in interruptions["stages run"]
     (parent,) = other_store.parents()
-    require_complete(elsewhere, other_store, parent, STAGES)
+    require_complete(elsewhere, other_store, parent, STAGES, tracked=tracked)
     attempts = {
         name: [run.info.status for run in other_store.children(parent) if run.info.run_name == name] for name in STAGES
     }
@@ -166,6 +155,16 @@ def test_next_repro_goes_on_and_completes_the_same_parent(elsewhere, other_store
     assert attempts == dict.fromkeys(STAGES, once) | {
         "preprocess": ["FAILED", "FINISHED"],
         "train": ["KILLED", "KILLED", "FINISHED"],
+        "track": once if tracked else [],
+    }
+
+
+def test_parent_of_a_fresh_clone_that_repeats_dvc_lock_has_the_same_numbers(elsewhere, other_store, finished):
+    assert elsewhere.out_hashes() == finished.out_hashes()
+    (parent,), (original,) = other_store.parents(), finished.store().parents()
+    assert {k: parent.data.metrics[k] for k in TEST_METRICS} == {k: original.data.metrics[k] for k in TEST_METRICS}
+    assert {name for name in parent.data.metrics if name.endswith("seconds")} >= {
+        f"{stage}.seconds" for stage in STAGES[:-1]
     }
 
 
@@ -228,12 +227,12 @@ def test_more_follows_where_anything_changed(make_copy, monkeypatch, change):
 def test_parent_of_a_part_of_the_pipeline_waits_for_the_rest(make_copy):
     project = make_copy()
     store = project.store()
-    project.set_params({"download.sample_images": 98})
+    project.set_params({"download.sample_images": 12})
     assert stages_run(project.dvc("repro", "download").stdout) == ["download"]
     *_, parent = store.parents()
     assert parent.info.status == "SCHEDULED"
     assert [run.info.status for run in store.children(parent)] == ["FINISHED"]
-    project.set_params({"download.sample_images": 96})
+    project.set_params({"download.sample_images": 10})
     assert stages_run(project.dvc("repro", "download").stdout) == ["download"]
     assert store.client.get_run(parent.info.run_id).info.status == "KILLED"
 

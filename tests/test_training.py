@@ -60,48 +60,52 @@ def accuracy(head, data: FeatureSet) -> float:
     return float((predicted == data.labels).mean())
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """A head after the plainest training, and its history; tests only read it."""
+    return trained(blobs(120), blobs(60), params())
+
+
 @pytest.mark.parametrize(("classes", "output"), [(2, "sigmoid"), (2, "softmax"), (3, "auto")])
-def test_learns_a_separable_problem(classes, output):
-    train, val = blobs(120, classes), blobs(60, classes)
-    head, history = trained(train, val, params(output=output, epochs=8), classes=classes)
+def test_learns_a_separable_problem_and_reports_it(classes, output):
+    """The validation images are harder, so that the values to be reported are no round numbers."""
+    train, val = blobs(120, classes), blobs(50, classes, spread=2)
+    head, history = trained(train, val, params(output=output), classes=classes)
     assert accuracy(head, blobs(200, classes, seed=9)) > 0.97
     assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0] / 3
-    assert history["val_accuracy"].max() > 0.97
+    assert history["train_accuracy"].max() > 0.97
+    best = best_epoch(history)
+    assert best["val_loss"] == pytest.approx(cross_entropy(head, val), rel=1e-4)
+    assert best["val_accuracy"] == pytest.approx(accuracy(head, val), abs=1e-6)
+    assert 0.5 < best["val_accuracy"] < 1
 
 
 def test_hidden_layers_learn_what_no_line_separates():
     rng = np.random.default_rng(0)
     values = rng.uniform(-1, 1, (200, WIDTH))
     data = features(values, values[:, 0] * values[:, 1] > 0)
-    settings = params(hidden_units=(64,), learning_rate=0.05, batch_size=64, epochs=25, patience=25)
+    settings = params(hidden_units=(64,), epochs=8, patience=8)
     assert accuracy(trained(data, data, settings)[0], data) > 0.9
 
 
-def test_history_has_one_row_an_epoch():
-    _, history = trained(blobs(50), blobs(30), params(epochs=3))
+def test_history_has_one_row_an_epoch(plain):
+    _, history = plain
     assert list(history.columns) == ["epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
-    assert history["epoch"].tolist() == [1, 2, 3]
+    assert history["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
     assert np.isfinite(history.to_numpy()).all()
-
-
-@pytest.mark.parametrize(("classes", "output"), [(2, "sigmoid"), (2, "softmax"), (3, "softmax")])
-def test_reported_values_are_those_of_the_head(classes, output):
-    train, val = blobs(80, classes, spread=2), blobs(50, classes, spread=2)
-    head, history = trained(train, val, params(output=output, epochs=1), classes=classes)
-    assert history["val_loss"].item() == pytest.approx(cross_entropy(head, val), rel=1e-4)
-    assert history["val_accuracy"].item() == pytest.approx(accuracy(head, val), abs=1e-6)
+    assert history["val_accuracy"].max() > 0.97
 
 
 @pytest.mark.parametrize("patience", [2, 100])
 def test_best_weights_are_kept(patience):
     """On noise the validation loss soon rises, whether early stopping ends the training or the epochs do."""
     train, val = blobs(24, spread=8, seed=1), blobs(40, spread=8, seed=2)
-    settings = params(hidden_units=(32,), learning_rate=0.02, epochs=14, patience=patience)
+    settings = params(hidden_units=(32,), learning_rate=0.02, epochs=10, patience=patience)
     head, history = trained(train, val, settings)
     best = best_epoch(history)
     assert best["val_loss"] == history["val_loss"].min() < history["val_loss"].iloc[-1]
     assert cross_entropy(head, val) == pytest.approx(history["val_loss"].min(), rel=1e-4)
-    assert len(history) == (int(best["epoch"]) + 2 if patience == 2 else 14)
+    assert len(history) == (int(best["epoch"]) + 2 if patience == 2 else 10)
 
 
 def test_best_epoch_is_the_first_of_the_lowest_loss():
@@ -113,27 +117,21 @@ def weights(head) -> np.ndarray:
     return np.concatenate([np.ravel(value) for value in head.get_weights()])
 
 
-@pytest.mark.parametrize("settings", [params(epochs=3), params(epochs=3, hidden_units=(6, 4), dropout=0.4)])
-def test_same_seed_gives_the_same_weights_and_another_seed_others(settings):
-    train, val = blobs(70, spread=2), blobs(30, spread=2)
-    one, again, other = (trained(train, val, settings, seed=seed) for seed in (1, 1, 2))
-    assert np.array_equal(weights(one[0]), weights(again[0]))
-    assert one[1].equals(again[1])
-    assert not np.allclose(weights(one[0]), weights(other[0]))
-
-
 def test_seed_of_the_fit_alone_decides_the_order_of_the_images():
     train, val = blobs(70, spread=2), blobs(30, spread=2)
+    settings = params(epochs=3, hidden_units=(6, 4), dropout=0.4)
 
-    def fitted(seed: int, draws_before: int) -> np.ndarray:
+    def fitted(seed: int, draws_before: int) -> tuple[np.ndarray, pd.DataFrame]:
         prepare_keras(1)
-        head = build_head(WIDTH, 2, params(epochs=2), 1)
+        head = build_head(WIDTH, 2, settings, 1)
         keras.utils.set_random_seed(draws_before)  # as if the process had drawn other numbers before
-        fit_head(head, train, val, params(epochs=2), seed=seed)
-        return weights(head)
+        history = fit_head(head, train, val, settings, seed=seed)
+        return weights(head), history
 
-    assert np.array_equal(fitted(1, 5), fitted(1, 6))
-    assert not np.array_equal(fitted(1, 5), fitted(2, 5))
+    one, again, other = fitted(1, 5), fitted(1, 6), fitted(2, 5)
+    assert np.array_equal(one[0], again[0])
+    assert one[1].equals(again[1])
+    assert not np.allclose(one[0], other[0])
 
 
 def test_seed_of_the_head_alone_decides_its_initial_weights():
@@ -163,13 +161,14 @@ def test_every_image_is_seen_once_an_epoch():
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "sgd", "momentum"])
 def test_one_step_of_every_optimizer_is_of_the_size_of_the_learning_rate(optimizer):
-    train = blobs(40, spread=2)
-    settings = params(optimizer=optimizer, learning_rate=0.001, batch_size=40, epochs=1)
-    prepare_keras(1)
-    head = build_head(WIDTH, 2, settings, 1)
-    before = weights(head)
-    fit_head(head, train, train, settings, seed=1)
-    assert 0.0002 < np.abs(weights(head) - before).max() < 0.005
+    settings = TrainParams(optimizer=optimizer)
+    built = build_optimizer(settings, learning_rate=0.001, schedule="constant", warmup=0, epochs=1, steps_per_epoch=1)
+    before = np.linspace(-0.5, 0.5, WIDTH, dtype=np.float32)
+    variable, gradient = keras.Variable(before), np.linspace(1, -0.5, WIDTH, dtype=np.float32)
+    built.apply([keras.ops.convert_to_tensor(gradient)], [variable])
+    moved = np.asarray(variable) - before
+    assert 0.0002 < np.abs(moved).max() < 0.005
+    assert np.dot(moved, -gradient) > 0
 
 
 @pytest.mark.parametrize(("bad", "place"), [(np.nan, 0), (np.inf, 1)])
@@ -190,18 +189,13 @@ def test_divergence_is_told_with_the_learning_rate():
         trained(data, data, settings)
 
 
-def test_penalty_keeps_the_kernel_small():
-    data = blobs(80)
-    free = trained(data, data, params(epochs=5))[0].get_weights()[0]
-    held = trained(data, data, params(epochs=5, l2=3.0))[0].get_weights()[0]
+def test_penalty_keeps_the_kernel_small_and_is_part_of_the_loss(plain):
+    val = blobs(60)
+    head, history = trained(blobs(120), val, params(l2=3.0))
+    free, held = plain[0].get_weights()[0], head.get_weights()[0]
     assert np.linalg.norm(held) < np.linalg.norm(free) / 2
-
-
-def test_penalty_is_part_of_the_loss():
-    data = blobs(40, spread=2)
-    head, history = trained(data, data, params(epochs=1, l2=0.3))
-    kernel = head.get_weights()[0]
-    assert history["val_loss"].item() == pytest.approx(cross_entropy(head, data) + 0.3 * (kernel**2).sum(), rel=1e-4)
+    assert history["val_loss"].min() == pytest.approx(cross_entropy(head, val) + 3 * (held**2).sum(), rel=1e-4)
+    assert 3 * (held**2).sum() > 0.01
 
 
 def test_dropout_acts_in_training_only():
@@ -234,13 +228,17 @@ def test_schedules():
     assert warm[10:] == pytest.approx([1 + np.cos(np.pi * step / 10) for step in range(10)], abs=1e-6)
 
 
-def test_schedule_is_followed_and_its_last_steps_are_small():
-    data = blobs(64, spread=3)
-    constant, falling = (
-        trained(data, data, params(optimizer="sgd", schedule=schedule, epochs=20, patience=20))[1]["train_loss"]
-        for schedule in ("constant", "cosine")
-    )
-    assert abs(np.diff(falling)[-1]) < abs(np.diff(constant)[-1]) / 3
+def test_schedule_is_followed():
+    """Against plain gradient descent by numpy: images that are all the same give the same step in any batch."""
+    data = features(np.tile(np.linspace(-1, 1, WIDTH), (10, 1)), np.ones(10))
+    settings = params(optimizer="sgd", learning_rate=0.5, schedule="cosine", batch_size=4, epochs=2)
+    head, _ = trained(data, data, settings)
+    prepare_keras(1)
+    weight = weights(build_head(WIDTH, 2, settings, 1)).astype(np.float64)
+    for step in range(6):
+        rate = 0.25 * (1 + np.cos(np.pi * step / 6))
+        weight = weight - rate * errors(data, weight, data.labels).mean(axis=0)
+    assert weights(head) == pytest.approx(weight, abs=1e-5)
 
 
 def test_warmup_longer_than_the_training_is_told():
@@ -249,13 +247,13 @@ def test_warmup_longer_than_the_training_is_told():
 
 
 def one_step(data, **changes):
-    """Kernel and bias before and after one step of gradient descent on all images."""
+    """Kernel and bias before and after one step of gradient descent on all images, the head and the history."""
     settings = params(optimizer="sgd", learning_rate=0.5, batch_size=len(data.labels), epochs=1, **changes)
     prepare_keras(1)
     head = build_head(WIDTH, 2, settings, 1)
-    before = np.concatenate([np.ravel(value) for value in head.get_weights()]).astype(np.float64)
-    fit_head(head, data, data, settings, seed=1)
-    return before, weights(head)
+    before = weights(head).astype(np.float64)
+    history = fit_head(head, data, data, settings, seed=1)
+    return before, weights(head), head, history
 
 
 def errors(data, before, targets) -> np.ndarray:
@@ -268,7 +266,7 @@ def errors(data, before, targets) -> np.ndarray:
 def test_balanced_classes_count_the_same():
     rng = np.random.default_rng(0)
     data = features(rng.normal(size=(40, WIDTH)), np.arange(40) < 4)
-    before, after = one_step(data, class_weights="balanced")
+    before, after, *_ = one_step(data, class_weights="balanced")
     gradients = errors(data, before, data.labels)
     rare, common = gradients[:4].mean(axis=0), gradients[4:].mean(axis=0)
     assert after == pytest.approx(before - 0.5 * (rare + common) / 2, abs=1e-5)
@@ -280,17 +278,18 @@ def test_balanced_classes_count_the_same():
 
 def test_smoothing_moves_the_targets_but_not_the_validation_loss():
     data = blobs(40, spread=2)
-    before, after = one_step(data, label_smoothing=0.2)
+    before, after, head, history = one_step(data, label_smoothing=0.2)
     gradient = errors(data, before, 0.1 + 0.8 * data.labels).mean(axis=0)
     assert after == pytest.approx(before - 0.5 * gradient, abs=1e-5)
-    head, history = trained(blobs(120), blobs(60), params(epochs=5, label_smoothing=0.2))
-    assert history["val_loss"].min() == pytest.approx(cross_entropy(head, blobs(60)), rel=1e-4)
-    assert history["train_accuracy"].max() > 0.97
+    assert history["val_loss"].item() == pytest.approx(cross_entropy(head, data), rel=1e-4)
+    correct = (errors(data, before, 0)[:, -1] > 0.5) == data.labels
+    assert history["train_accuracy"].item() == pytest.approx(correct.mean())
+    assert 0 < correct.mean() < 1
 
 
 def test_gradient_is_clipped_to_its_norm():
     data = features(100 * np.ones((16, WIDTH)), np.arange(16) % 4 == 0)
-    before, after = one_step(data, clip_norm=0.3)
+    before, after, *_ = one_step(data, clip_norm=0.3)
     gradient = errors(data, before, data.labels).mean(axis=0)
     assert np.linalg.norm(gradient) > 1
     assert np.linalg.norm(after - before) == pytest.approx(0.5 * 0.3, rel=1e-4)
@@ -317,10 +316,12 @@ def test_focal_loss(outputs):
 @pytest.mark.parametrize(("classes", "output"), [(2, "sigmoid"), (3, "softmax")])
 def test_focal_loss_learns(classes, output):
     head, history = trained(
-        blobs(120, classes), blobs(60, classes), params(output=output, loss="focal", epochs=8), classes=classes
+        blobs(120, classes), blobs(60, classes), params(output=output, loss="focal"), classes=classes
     )
     assert accuracy(head, blobs(200, classes, seed=9)) > 0.95
     assert history["val_loss"].iloc[-1] < history["val_loss"].iloc[0] / 3
+    # The optimizer and the loss would be saved with the model, and loading it would need this project's code.
+    assert not head.compiled
 
 
 def test_mixup_blends_inputs_and_targets_in_the_same_shares():
@@ -366,11 +367,11 @@ def test_cutmix_puts_in_a_rectangle_and_counts_its_area():
     assert max(areas) > 0.5
 
 
-def test_mixup_changes_the_training_but_not_the_validation():
-    train, val = blobs(120), blobs(60)
-    plain, mixed = (trained(train, val, params(mixup=alpha)) for alpha in (0.0, 0.4))
-    assert mixed[1]["train_loss"].iloc[-1] > plain[1]["train_loss"].iloc[-1] * 1.5
-    assert mixed[1]["val_loss"].min() == pytest.approx(cross_entropy(mixed[0], val), rel=1e-4)
+def test_mixup_changes_the_training_but_not_the_validation(plain):
+    val = blobs(60)
+    head, history = trained(blobs(120), val, params(mixup=0.4))
+    assert history["train_loss"].iloc[-1] > plain[1]["train_loss"].iloc[-1] * 1.5
+    assert history["val_loss"].min() == pytest.approx(cross_entropy(head, val), rel=1e-4)
 
 
 def test_average_of_the_weights_is_validated_and_kept():
@@ -391,8 +392,8 @@ def test_average_of_the_weights_is_validated_and_kept():
 
 def test_views_are_drawn_anew_in_each_epoch():
     """Each view of an image is a number; the mean loss of an epoch tells which were shown."""
-    labels = np.arange(40) % 2
-    shards = tuple(np.full((40, WIDTH), number, np.float32) for number in range(4))
+    labels = np.arange(200) % 2
+    shards = tuple(np.full((200, WIDTH), number, np.float32) for number in range(4))
     plain = features(shards[0], labels, shards=1)
     data = FeatureSet(plain.shards, plain.starts, plain.labels, tuple((shard,) for shard in shards[1:]))
     shown = []
@@ -406,13 +407,13 @@ def test_views_are_drawn_anew_in_each_epoch():
 
     spied = Spied(data.shards, data.starts, data.labels, data.copies)
     prepare_keras(1)
-    settings = params(batch_size=40, epochs=30, patience=30)
+    settings = params(batch_size=200, epochs=6)
     fit_head(build_head(WIDTH, 2, settings, 1), spied, plain, settings, seed=1)
-    epochs = [views for positions, views in shown if np.array_equal(positions, np.arange(40))]
-    assert len(epochs) >= 30
-    counts = np.bincount(np.concatenate(epochs), minlength=4) / (40 * len(epochs))
+    epochs = [views for positions, views in shown if np.array_equal(positions, np.arange(200))]
+    assert len(epochs) >= 6
+    counts = np.bincount(np.concatenate(epochs), minlength=4) / (200 * len(epochs))
     assert counts == pytest.approx([0.25] * 4, abs=0.05)
-    assert len({tuple(views) for views in epochs}) >= 30
+    assert len({tuple(views) for views in epochs}) >= 6
 
 
 def test_slow_divergence_is_told():
@@ -440,15 +441,22 @@ class KillingCheckpoints(Checkpoints):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "kills"),
     [
-        params(epochs=7, patience=7, dropout=0.4, mixup=0.3, ema=0.8, hidden_units=(6,), schedule="cosine", warmup=2),
-        params(hidden_units=(32,), epochs=14, patience=3, learning_rate=0.02, optimizer="momentum"),
+        (
+            params(
+                epochs=6, patience=6, dropout=0.4, mixup=0.3, ema=0.8, hidden_units=(6,), schedule="cosine", warmup=2
+            ),
+            (3, 1),
+        ),
+        (params(hidden_units=(32,), epochs=14, patience=3, learning_rate=0.02, optimizer="momentum"), (4,)),
     ],
 )
-def test_resumed_training_is_the_uninterrupted_one(tmp_path, settings, capsys):
+def test_resumed_training_is_the_uninterrupted_one(tmp_path, settings, kills, capsys):
+    """Killed once while patience is running out, or twice; a damaged checkpoint at the start is as good as none."""
     train, val = blobs(24, spread=8, seed=1), blobs(40, spread=8, seed=2)
     head, history = trained(train, val, settings)
+    (tmp_path / "head.npz").write_bytes(b"half")
 
     def start(left):
         checkpoints = KillingCheckpoints(tmp_path, seconds_between=0)
@@ -457,29 +465,12 @@ def test_resumed_training_is_the_uninterrupted_one(tmp_path, settings, capsys):
         again = build_head(WIDTH, 2, settings, 1)
         return again, fit_head(again, train, val, settings, seed=1, checkpoints=checkpoints)
 
-    for left in (3, 1):
+    for number, left in enumerate(kills):
         with pytest.raises(Killed):
             start(left)
+        assert ("damaged" in capsys.readouterr().err) == (number == 0)
     for epochs in (4, len(history)):  # the second time there is nothing left to do
         again, resumed = start(-1)
         assert f"going on with head after epoch {epochs}," in capsys.readouterr().err
         assert resumed.equals(history)
         assert np.array_equal(weights(again), weights(head))
-
-
-def test_damaged_checkpoint_starts_anew(tmp_path, capsys):
-    train, val = blobs(24, spread=2), blobs(40, spread=2)
-    head, history = trained(train, val, params(epochs=2))
-    (tmp_path / "head.npz").write_bytes(b"half")
-    prepare_keras(1)
-    again = build_head(WIDTH, 2, params(epochs=2), 1)
-    checkpoints = Checkpoints(tmp_path)
-    assert fit_head(again, train, val, params(epochs=2), seed=1, checkpoints=checkpoints).equals(history)
-    assert "damaged" in capsys.readouterr().err
-    assert np.array_equal(weights(again), weights(head))
-
-
-def test_head_keeps_nothing_of_the_optimizer():
-    """It would be saved with the model, and loading the model would need this project's code."""
-    head, _ = trained(blobs(20), blobs(20), params(epochs=1, loss="focal"))
-    assert not head.compiled

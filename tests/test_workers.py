@@ -93,7 +93,9 @@ class Jobs:
         changes = {} if number is None else {f"KERAS_DISTRIBUTION_{key}": value for key, value in job.items()}
         # Two devices of one process wait for each other 40 s at most, which is little on a busy machine.
         patience = "--xla_cpu_collective_call_terminate_timeout_seconds=240"
-        changes["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {patience}"
+        # What is compiled runs for a moment: optimizing it takes longer.
+        quick = "--xla_backend_optimization_level=0"
+        changes["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {patience} {quick}"
         kept_variables = {key: value for key, value in os.environ.items() if not key.startswith(("KERAS_", "XLA_"))}
         path = os.pathsep.join([SOURCES, str(Path(__file__).parent)])
         process = subprocess.Popen(
