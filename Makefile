@@ -25,7 +25,7 @@ ui: setup  ## compare the runs in MLflow's pages
 	catdog ui
 
 test: setup  ## run the tests
-	python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: setup  ## measure time, memory and disk; PHOTOGRAPHS, COUNTS, SCALE, ROUNDS, ONLY ...: benchmarks/README.md
 	PYTHONPATH=src python -m benchmarks $(if $(PHOTOGRAPHS),--photographs $(PHOTOGRAPHS)) $(if $(COUNTS),--counts $(COUNTS)) \
