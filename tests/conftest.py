@@ -344,7 +344,7 @@ def build_experiments(workshop):
     started = project.dvc("queue", "start", "--jobs", "2", **NO_NETWORK)
     assert started.returncode == 0, started.stdout + started.stderr
     # There the workers tell that a task is over, however it ended; asking `dvc queue status` would cost a second.
-    told = project.root / ".dvc/tmp/exps/celery/result"
+    told = project.root / ".dvc" / "tmp" / "exps" / "celery" / "result"
     try:
         wait_until(lambda: len(list(told.glob("celery-task-meta-*"))) == 2, seconds=400)
     finally:

@@ -1,8 +1,6 @@
 """The model: the head's shape, the parts joined exactly, and a file that stands for itself."""
 
-import contextlib
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -48,6 +46,7 @@ from catdog.records import (
 from catdog.sample import write_sample
 from catdog.tracking import STAGES
 from catdog.weights import load_all
+from stage_scripts import without_mlflow
 
 # Keras' own way of saving variables, under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -388,7 +387,7 @@ def test_file_of_another_kind_is_told(tmp_path, members):
         read_info(path)
 
 
-def run_stage(name: str, params, monkeypatch) -> None:
+def run_stage(name: str, params) -> None:
     """Runs a stage script in the working directory as it stands, but for what it tells MLflow."""
 
     def finish(report, *rest):
@@ -396,18 +395,7 @@ def run_stage(name: str, params, monkeypatch) -> None:
 
     run = types.SimpleNamespace(params=params, root=Path.cwd(), run_id="none", finish=finish)
     run.measure = run.note = run.log_curves = run.log_model = lambda *values: None
-    spec = importlib.util.spec_from_file_location(f"stage_{name}", ROOT / "stages" / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
-    def begin(name, *_, meanwhile=None):
-        if meanwhile is not None:
-            meanwhile(params)
-        return contextlib.nullcontext(run)
-
-    monkeypatch.setattr(script, "stage", begin)
-    monkeypatch.setattr(script, "log_data_hash", lambda *values: None)
-    script.main()
+    without_mlflow(name, run).main()
 
 
 def test_trained_file_holds_the_networks_that_made_the_features(tmp_path, monkeypatch):
@@ -430,8 +418,8 @@ def test_trained_file_holds_the_networks_that_made_the_features(tmp_path, monkey
     params = load_params(ROOT / "params.yaml").model_dump()
     params["embed"]["engine"], params["train"]["epochs"] = "keras", 1
     params = validate_params(params | {"backbone": JOINED, "weights": weights})
-    run_stage("embed", params, monkeypatch)
-    run_stage("train", params, monkeypatch)
+    run_stage("embed", params)
+    run_stage("train", params)
     assert read_json(paths.FEATURES_INFO)["weights"] == weights
 
     whole, info = load_model(paths.MODEL)

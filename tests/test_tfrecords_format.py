@@ -1,8 +1,6 @@
 """What the preprocess stage writes, read by others: by TensorFlow Datasets and by the documented code."""
 
-import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import re
@@ -23,6 +21,7 @@ from catdog.files import read_json, write_json
 from catdog.images import model_pixels
 from catdog.records import RecordReader, shard_paths, verify_shards
 from catdog.tracking import STAGES
+from stage_scripts import without_mlflow
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/tfrecords.md"
@@ -52,17 +51,7 @@ def run_preprocess() -> dict:
         """There is no MLflow."""
 
     run = types.SimpleNamespace(params=params, finish=finish, measure=nowhere, note=nowhere)
-    spec = importlib.util.spec_from_file_location("stage_preprocess", ROOT / "stages/preprocess.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
-    def begin(name, *_, meanwhile):
-        meanwhile(params)
-        return contextlib.nullcontext(run)
-
-    script.stage = begin
-    script.log_data_hash = lambda *values: None
-    script.main()
+    without_mlflow("preprocess", run).main()
     return found
 
 

@@ -249,14 +249,14 @@ def stage(
     MLflow's import takes as long as a fifth of a small stage. With a second process it is done there, beside Keras'
     own in this one, and so is what the stage records. The run is open when the body begins all the same.
 
+    A CatdogError ends the process with its sentence on standard error and exit code 2, and a full disk or a
+    tracking store that cannot be used likewise; all mark the run FAILED, as every other exception does. SIGTERM
+    and Ctrl-C mark it KILLED.
+
     Args:
         name: of the stage.
         second: from `second_process`; None: this process writes into the store.
         meanwhile: what this process does while the second one opens the run; it must write no output.
-
-    A CatdogError ends the process with its sentence on standard error and exit code 2, and a full disk or a
-    tracking store that cannot be used likewise; all mark the run FAILED, as every other exception does. SIGTERM
-    and Ctrl-C mark it KILLED.
     """
     atexit.register(gc.freeze)  # nothing is left to collect in a process that ends
     started = time.monotonic()
