@@ -207,7 +207,7 @@ def stages_run(output):
     return [name for name in ran if name != "source"]
 
 
-def wait_until(condition, *, seconds=120, every=0.1):
+def wait_until(condition, *, seconds=600, every=0.1):
     """Asks again and again until `condition()` is true, and returns what it gave."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -346,7 +346,7 @@ def build_experiments(workshop):
     # There the workers tell that a task is over, however it ended; asking `dvc queue status` would cost a second.
     told = project.root / ".dvc" / "tmp" / "exps" / "celery" / "result"
     try:
-        wait_until(lambda: len(list(told.glob("celery-task-meta-*"))) == 2, seconds=400)
+        wait_until(lambda: len(list(told.glob("celery-task-meta-*"))) == 2)
     finally:
         project.dvc("queue", "stop")
     for name in ("vgg16", "calm"):
@@ -382,14 +382,14 @@ def build_elsewhere(workshop):
     for signum in (signal.SIGTERM, signal.SIGKILL):
         before = times_trained()
         repro = project.start("dvc", "repro", **environment)
-        wait_until(lambda before=before: times_trained() > before)
+        wait_until(lambda before=before, repro=repro: times_trained() > before or repro.poll() is not None)
         (train,) = [
             process
             for process in psutil.Process(repro.pid).children(recursive=True)
             if process.cmdline()[1:] == ["stages/train.py"]
         ]
         train.send_signal(signum)
-        repro.communicate(timeout=120)
+        repro.communicate(timeout=600)
         assert repro.returncode != 0
         look(signum.name, "train")
     seen["stages run"] = project.repro(**environment)

@@ -452,11 +452,11 @@ def address(model, tmp_path_factory):
         text=True,
     )
     try:
-        wait_until(lambda: answers(port) or process.poll() is not None, seconds=60)
+        wait_until(lambda: answers(port) or process.poll() is not None)
         assert process.poll() is None, process.stdout.read()
         yield f"http://{app_command.HOST}:{port}"
         process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=30)
+        printed, _ = process.communicate(timeout=600)
         assert process.returncode == 0, printed
         assert "Traceback" not in printed, printed
         app_command.require_free_port(app_command.HOST, port)
@@ -519,7 +519,7 @@ def upload(page, *files):
 def wait_for_answer(page, text):
     page.get_by_role("heading", name=text).wait_for()
     page.get_by_text("What speaks for").wait_for()
-    wait_until(lambda: loaded_images(page) == 2, seconds=20)
+    wait_until(lambda: loaded_images(page) == 2)
 
 
 def loaded_images(page):
@@ -603,7 +603,7 @@ def wait_for_grid(page, *names):
     def shown():
         return [text.split("\n")[-1] for text in page.locator("figure.picture figcaption").all_inner_texts()]
 
-    wait_until(lambda: shown() == list(names), seconds=20)
+    wait_until(lambda: shown() == list(names))
 
 
 def test_a_folder_is_sorted_filtered_and_downloaded(page):

@@ -80,7 +80,7 @@ def kill_midway(internet: Internet, call: str, folder: Path, size: int) -> None:
         [sys.executable, "-c", f"from pathlib import Path; from catdog.clients import *; {call}"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     try:
         while not any(path.stat().st_size >= size for path in folder.rglob("*") if path.is_file()):
             assert process.poll() is None and time.monotonic() < deadline, "it never got so far"

@@ -305,7 +305,7 @@ class Stack:
                 done = subprocess.run(check, env=self.environment(name), capture_output=True, check=False)
                 return done.returncode == 0
 
-            wait_until(healthy, every=2, seconds=180)  # each look starts a process
+            wait_until(healthy, every=2)  # each look starts a process
             yield
 
     def log(self, name):
@@ -429,13 +429,13 @@ def some_test_picture(project):
 def test_the_server_answers_with_the_promoted_model(up, direct):
     picture, row = some_test_picture(up.project)
     body = {"inputs": [base64.b64encode(picture).decode()]}
-    (answer,) = direct.post(f"{up.address('server')}/invocations", json=body, timeout=60).json()["predictions"]
+    (answer,) = direct.post(f"{up.address('server')}/invocations", json=body, timeout=300).json()["predictions"]
     assert answer["label"] == row["label"]
     assert answer["p_dog"] == pytest.approx(float(row["p_dog"]), abs=1e-4)
 
 
 def test_the_page_is_there(up, direct):
-    assert "<title>" in direct.get(up.address("app"), timeout=30).text
+    assert "<title>" in direct.get(up.address("app"), timeout=300).text
 
 
 def test_files_come_through_mlflow(up):
@@ -451,7 +451,7 @@ def test_files_come_through_mlflow(up):
 )
 def test_mlflow_answers_to_its_own_names_only(up, direct, host, status):
     address = f"{up.address('mlflow')}/api/2.0/mlflow/experiments/get-by-name?experiment_name=catdog"
-    assert direct.get(address, headers={"Host": host}, timeout=30).status_code == status
+    assert direct.get(address, headers={"Host": host}, timeout=300).status_code == status
 
 
 def test_passwords_are_in_no_command_line(up):

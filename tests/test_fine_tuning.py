@@ -296,7 +296,7 @@ def test_two_devices_tune_as_one_does_where_batches_cannot_be_halved(backend, tm
     path = os.pathsep.join([SOURCES, str(Path(__file__).parent)])
     changes = {"KERAS_BACKEND": backend, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "2"}
     # What is compiled runs for a moment: optimizing it takes longer.
-    changes["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    changes |= tiny.pretended_devices(2, "--xla_backend_optimization_level=0")
     code = (TWO_CPUS if backend == "tensorflow" else "") + f"import os; os.chdir({str(tmp_path)!r})" + SEVERAL_DEVICES
     run_python(code, **changes)
 

@@ -202,7 +202,7 @@ def test_dropped_and_failing_engines_neither_block_nor_crash_nor_report_their_us
     done = subprocess.run(
         [sys.executable, "-c", ENGINES_THAT_GO],
         env=environment,
-        timeout=180,
+        timeout=600,
         capture_output=True,
         text=True,
         check=False,

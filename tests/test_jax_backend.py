@@ -29,7 +29,7 @@ def under_jax(code, folder):
         env={**kept, "PYTHONPATH": os.pathsep.join([SOURCES, str(Path(__file__).parent)]), "KERAS_BACKEND": "jax"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -24,7 +24,7 @@ notebook = nbformat.read("examples/notebook.ipynb", 4)
 cells = notebook.cells[: int(sys.argv[2])] if len(sys.argv) > 2 else notebook.cells
 notebook.cells = cells + [nbformat.v4.new_code_cell(sys.stdin.read())]
 place = {"metadata": {"path": sys.argv[1]}}
-NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place).execute()
+NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
 print(nbformat.writes(notebook))
 """
 FOUND = """
@@ -49,7 +49,7 @@ def execute(project, folder, last_cell, *cells):
         **NO_NETWORK,
         stdin=-1,
     )
-    stdout, stderr = process.communicate(last_cell, timeout=200)
+    stdout, stderr = process.communicate(last_cell, timeout=600)
     assert process.returncode == 0, stderr
     return nbformat.reads(stdout, 4)
 

@@ -335,7 +335,7 @@ def test_results_of_the_pool_are_in_the_order_of_the_shards(workers):
 
     def work(number: int) -> int:
         if workers == 4 and number < 3:
-            assert last_first[number + 1].wait(10)
+            assert last_first[number + 1].wait(60)
         last_first[number].set()
         return number * number
 

@@ -603,7 +603,7 @@ def test_of_two_promotions_in_one_repository_one_wins(project, monkeypatch):
 
     def slow(*arguments):
         started.set()
-        assert told.wait(60)
+        assert told.wait(600)
         return original(*arguments)
 
     monkeypatch.setattr(registry, "push_outs", slow)

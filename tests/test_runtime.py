@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 
+import tiny
 from catdog import runtime
 from catdog.inference import compile_forward
 from catdog.runtime import (
@@ -50,7 +51,7 @@ def run_python(code, **changes):
         env={**kept, "PYTHONPATH": SOURCES, **changes},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -221,8 +222,7 @@ def test_two_devices_share_the_work_with_tensorflow():
 
 @needs_jax
 def test_two_devices_share_the_work_with_jax():
-    changes = {"KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    run_python(SEVERAL, **changes)
+    run_python(SEVERAL, KERAS_BACKEND="jax", **tiny.pretended_devices(2))
 
 
 START = """

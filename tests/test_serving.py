@@ -57,7 +57,7 @@ class Server:
         self.port = port
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
 
     def ask(self, body=None, headers=JSON, path="/invocations", method="POST") -> tuple[int, str]:
         with contextlib.closing(self.connect()) as connection:
@@ -107,7 +107,7 @@ def server(tmp_path_factory):
         )
     try:
         server = Server(port)
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while True:
             with contextlib.suppress(OSError):
                 if server.ask(headers={}, path="/ping", method="GET")[0] == 200:
@@ -120,7 +120,7 @@ def server(tmp_path_factory):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        process.wait(300)
 
 
 def encode(data: bytes) -> str:

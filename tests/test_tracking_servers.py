@@ -45,7 +45,7 @@ def running(*command, **options):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(300)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -87,7 +87,7 @@ def postgres(programs):
                 return True
 
         with running(*start, user=user, cwd=folder) as process:
-            wait_until(lambda: process.poll() is not None or answers(), seconds=60)
+            wait_until(lambda: process.poll() is not None or answers())
             yield f"postgresql+psycopg://catdog:{SECRET}@127.0.0.1:{port}/postgres"
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,13 @@ BACKBONE = Backbone("tiny", "none", SIZE, SIZE, "tf", "top_conv", "top_conv", "n
 AUGMENT = AugmentParams()
 
 
+def pretended_devices(count: int, *flags: str) -> dict[str, str]:
+    """The environment in which JAX takes this machine's CPU for so many devices."""
+    # XLA has a thread for each core. Devices that wait for each other hold one each, and on a machine of two cores
+    # sometimes none is left for the work that they wait for.
+    return {"XLA_FLAGS": " ".join([f"--xla_force_host_platform_device_count={count}", *flags]), "NPROC": "16"}
+
+
 def train_params(**changes) -> TrainParams:
     return TrainParams(**{"dropout": 0.0, "learning_rate": 0.02, "batch_size": 8, "epochs": 5, **changes})
 
