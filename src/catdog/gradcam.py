@@ -129,7 +129,7 @@ def _tensorflow_step(model: keras.Model, maps_of: Callable[..., Any], logits_of:
 
     # One signature for batches of any length: traced once.
     signature = [tf.TensorSpec((None, size, size, 3), tf.uint8), tf.TensorSpec((None, outputs), tf.float32)]
-    compute = tf.function(explain, input_signature=signature)
+    compute = tf.function(explain, input_signature=signature, autograph=False)
     return lambda pixels, directions: [values.numpy() for values in compute(pixels, directions)]
 
 

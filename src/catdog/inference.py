@@ -152,9 +152,9 @@ def _tensorflow_step(model: keras.Model, compiles: bool) -> tuple[int, Step]:
         return tf.cast(model(tf.cast(pixels, tf.float32), training=False), tf.float32)
 
     if devices == 1:
-        constant = frozen(infer, model.input_shape[1])
+        constant = frozen(model, infer)
         compute = tf.function(constant, jit_compile=True) if compiles else constant
-        return 1, lambda pixels: compute(tf.constant(pixels))
+        return 1, lambda pixels: [compute(tf.constant(pixels))]
 
     replica = tf.function(infer, jit_compile=compiles)
 
@@ -171,8 +171,8 @@ def _tensorflow_step(model: keras.Model, compiles: bool) -> tuple[int, Step]:
 
 
 def frozen(
+    model: keras.Model,
     function: Callable[[Any], Any],
-    size: int,
     *,
     batch: int | None = None,
     dtype: Literal["uint8", "float32"] = "uint8",
@@ -182,16 +182,26 @@ def frozen(
     1.5 times as fast as the function itself (MobileNetV2, two AVX-512 cores): BatchNorm goes into the convolutions.
 
     Args:
-        function: from pixels [batch, size, size, 3] to what a model makes of them.
-        size: pixels a side.
+        model: whose weights become constants.
+        function: from pixels [batch, size, size, 3] to what the model makes of them, without Python's if and while on
+            tensors.
         batch: images a batch; None for any number.
         dtype: of the pixels.
     """
+    import keras
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+    # Traced as constants from the beginning, in half the time of a conversion of what was traced with variables.
+    weights = [(variable, variable.numpy()) for variable in model.variables]
+
+    def with_constants(pixels: Any) -> Any:
+        constants = [(variable, tf.constant(value, name=variable.path)) for variable, value in weights]
+        with keras.StatelessScope(state_mapping=constants):
+            return function(pixels)
+
+    size = model.input_shape[1]
     signature = tf.TensorSpec((batch, size, size, 3), dtype, name="pixels")
-    return convert_variables_to_constants_v2(tf.function(function).get_concrete_function(signature))
+    return tf.function(with_constants, autograph=False).get_concrete_function(signature)
 
 
 def _jax_step(model: keras.Model, compiles: bool) -> tuple[int, Step]:
@@ -228,7 +238,7 @@ def _in_parts(batches: Iterable[Pixels], size: int) -> Iterator[Pixels]:
 
 
 def _compile_openvino(model: keras.Model) -> Forward:
-    return run_openvino(openvino_network(lambda pixels: model(pixels, training=False), model.input_shape[1]))
+    return run_openvino(openvino_network(model, lambda pixels: model(pixels, training=False)))
 
 
 def import_openvino() -> Any:
@@ -240,17 +250,17 @@ def import_openvino() -> Any:
     return openvino
 
 
-def openvino_network(function: Callable[[Any], Any], size: int) -> Any:
+def openvino_network(model: keras.Model, function: Callable[[Any], Any]) -> Any:
     """Returns an `openvino.Model`: uint8 pixels [batch, size, size, 3] to what a function makes of them.
 
     Args:
-        function: from float32 pixels [batch, size, size, 3] to what a model makes of them.
-        size: pixels a side.
+        model: whose weights become constants.
+        function: from float32 pixels [batch, size, size, 3] to what the model makes of them, as for `frozen`.
     """
     openvino = import_openvino()
     from openvino.preprocess import PrePostProcessor
 
-    graph = frozen(function, size, dtype="float32").graph.as_graph_def()
+    graph = frozen(model, function, dtype="float32").graph.as_graph_def()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.pb")
         path.write_bytes(graph.SerializeToString())
