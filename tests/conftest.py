@@ -60,6 +60,8 @@ LONGEST_FIRST = (
     "test_gradcam.py",
     "test_checkpoints.py",
 )
+PATIENCE = 600
+"""Seconds that guard against hanging and against nothing else: a slow machine has time enough."""
 # Nothing listens there: whoever needs the network fails at once.
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
@@ -108,7 +110,7 @@ class Project:
         """Runs a command to its end, however that is."""
         process = self.start(*command, **changes)
         try:
-            stdout, stderr = process.communicate(timeout=600)
+            stdout, stderr = process.communicate(timeout=PATIENCE)
         except BaseException:
             process.kill()
             raise
@@ -207,9 +209,9 @@ def stages_run(output):
     return [name for name in ran if name != "source"]
 
 
-def wait_until(condition, *, seconds=600, every=0.1):
+def wait_until(condition, *, every=0.1):
     """Asks again and again until `condition()` is true, and returns what it gave."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(every)
@@ -383,13 +385,14 @@ def build_elsewhere(workshop):
         before = times_trained()
         repro = project.start("dvc", "repro", **environment)
         wait_until(lambda before=before, repro=repro: times_trained() > before or repro.poll() is not None)
+        assert repro.returncode is None, repro.communicate()
         (train,) = [
             process
             for process in psutil.Process(repro.pid).children(recursive=True)
             if process.cmdline()[1:] == ["stages/train.py"]
         ]
         train.send_signal(signum)
-        repro.communicate(timeout=600)
+        repro.communicate(timeout=PATIENCE)
         assert repro.returncode != 0
         look(signum.name, "train")
     seen["stages run"] = project.repro(**environment)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from catdog import transfer
 from catdog.errors import CatdogError
 from catdog.transfer import Patience, Transferred, download, identity, public_url
+from conftest import wait_until
 from hostile_server import Answer, Relay, hostile_server
 
 DATA = random.Random(1).randbytes(300_000)
@@ -80,13 +81,6 @@ def refused(act) -> str:
 
 def part_of(folder: Path) -> Path | None:
     return next(iter((folder / "parts").glob("*.part")), None)
-
-
-def wait_until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------- a good day

@@ -17,6 +17,7 @@ from catdog import workers
 from catdog.errors import CatdogError
 from catdog.shares import Share
 from catdog.workers import Job, meet, read_job
+from conftest import wait_until
 
 SOURCES = str(Path(workers.__file__).parents[1])
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
@@ -153,9 +154,7 @@ def test_two_workers_train_what_one_process_trains(finished_job):
 def test_killed_worker_ends_the_job_which_goes_on_from_its_checkpoint(finished_job, tmp_path):
     jobs, kept = finished_job, tmp_path / "kept"
     first, second = jobs.start_two("killed", kept=kept, pause=5)
-    until = time.monotonic() + 600
-    while not (kept / "fine_tune.npz").exists() and time.monotonic() < until:
-        time.sleep(0.1)
+    wait_until((kept / "fine_tune.npz").exists)
     second.kill()
     _, errors = first.communicate(timeout=600)
     assert first.returncode == 2, errors[-3000:]
