@@ -82,7 +82,8 @@ def workers_of(nodes):
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::_Worker"):
+            command = process.cmdline()
+            if command and command[0].startswith("ray::_Worker"):
                 found.append(process)
         except psutil.Error:
             continue
