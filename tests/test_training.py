@@ -80,6 +80,20 @@ def test_learns_a_separable_problem_and_reports_it(classes, output):
     assert 0.5 < best["val_accuracy"] < 1
 
 
+def test_a_step_is_traced_once(monkeypatch):
+    """Tracing takes most of the time of a small head's training."""
+    traced = []
+    step = keras.Model.train_step
+
+    def counted(model, data):
+        traced.append(model)
+        return step(model, data)
+
+    monkeypatch.setattr(keras.Model, "train_step", counted)
+    trained(blobs(60), blobs(20), params(epochs=3, ema=0.5, hidden_units=(4,)))
+    assert len(traced) == 1
+
+
 def test_hidden_layers_learn_what_no_line_separates():
     rng = np.random.default_rng(0)
     values = rng.uniform(-1, 1, (200, WIDTH))

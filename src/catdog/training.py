@@ -194,6 +194,7 @@ def fit(
     first = len(state.rows)
     bookkeeper = _bookkeeper(state, plan, checkpoints)
     if not state.finished(plan):
+        _make_variables(model)
         model.fit(
             batches_from(first),
             validation_data=val,
@@ -210,6 +211,19 @@ def fit(
     table.insert(0, "epoch", range(1, len(table) + 1))
     images = (len(state.rows) - first) * plan.images
     return FitResult(table, images / bookkeeper.seconds if images else None)
+
+
+def _make_variables(model: keras.Model) -> None:
+    """Makes what the optimizer and the metrics keep. TensorFlow traces a step twice that makes variables itself."""
+    import keras
+
+    if keras.backend.backend() != "tensorflow" or model.distribute_strategy.num_replicas_in_sync > 1:
+        return  # Keras does it
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    outputs = np.zeros((1, *model.output_shape[1:]), np.float32)
+    model.compute_metrics(None, outputs, outputs)
+    model.reset_metrics()
 
 
 def best_epoch(history: pd.DataFrame) -> pd.Series:
