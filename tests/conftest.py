@@ -1,6 +1,8 @@
 """A copy of the repository in which tests run the real commands, far from the user's files and settings."""
 
 import contextlib
+import functools
+import gc
 import json
 import os
 import shutil
@@ -8,9 +10,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gto  # noqa: F401  # imported after TensorFlow it closes the standard error that pytest captures
@@ -22,9 +25,11 @@ from mlflow import MlflowClient
 from PIL import Image
 from ruamel.yaml import YAML
 
+import warm
 from internet import Internet
 
 REPOSITORY = Path(__file__).parents[1]
+gc.disable()  # until everything is imported
 # Without `source`, which runs every time and leaves no run in MLflow.
 STAGES = ("download", "split", "preprocess", "embed", "train", "evaluate", "track")
 SPLITS = ("train", "val", "test")
@@ -72,10 +77,11 @@ class Project:
 
     root: Path
     home: Path
+    warm: bool = False  # `dvc` and the stages are forks of a process that has imported already
 
     def environment(self, **changes):
         """The caller's environment without anything that would steer git, DVC, MLflow or Keras."""
-        steering = ("DVC_", "MLFLOW_", "GIT_", "KERAS_", "XDG_", "TF_")
+        steering = ("DVC_", "MLFLOW_", "GIT_", "KERAS_", "XDG_", "XLA_", "TF_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
         # Libraries set MPLBACKEND in the tests' process; without bytecode every stage would compile the project anew.
         for name in ("PYTHONPATH", "MPLBACKEND", "PYTHONDONTWRITEBYTECODE"):
@@ -92,6 +98,9 @@ class Project:
             "DVC_SITE_CACHE_DIR": str(self.home / "dvc"),
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
+        if self.warm:
+            folder, variables = warm_programs(self.home)
+            kept |= {"PATH": f"{folder}{os.pathsep}{kept['PATH']}"} | variables
         return kept | changes
 
     def start(self, *command, stdin=subprocess.DEVNULL, **changes):
@@ -105,6 +114,13 @@ class Project:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def start_under_jax(self, *arguments, **changes):
+        """Starts Python where Keras computes with JAX, warm, too; it finds this project's modules and the tests'."""
+        programs, variables = warm_programs(self.home, KERAS_BACKEND="jax")
+        path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests")])
+        variables |= {"KERAS_BACKEND": "jax", "PYTHONPATH": path}
+        return self.start(programs / "python", *arguments, **variables, **changes)
 
     def run(self, *command, **changes):
         """Runs a command to its end, however that is."""
@@ -166,6 +182,20 @@ class Project:
     def store(self):
         """The project's own tracking store."""
         return Store(f"sqlite:///{self.root / 'mlflow.db'}")
+
+
+WARM_STARTS = threading.Lock()  # the workshop's threads come at once
+
+
+def warm_programs(home, **changes):
+    """See `warm`; one process for all projects of a home, and one more for each change of the environment."""
+    with WARM_STARTS:
+        return _warm_programs(home, tuple(changes.items()))
+
+
+@functools.cache
+def _warm_programs(home, changes):
+    return warm.programs(home, Project(home, home).environment(**dict(changes)))
 
 
 class Store:
@@ -254,7 +284,7 @@ def copy_project(source, root, **options):
             ("logged_models", "artifact_location"),
         ):
             store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(source.root), str(root)))
-    return Project(root, source.home)
+    return Project(root, source.home, warm=True)
 
 
 class Workshop:
@@ -304,7 +334,7 @@ def build_finished(workshop):
 
 
 def build_shapes(workshop):
-    project = workshop.project("shapes")
+    project = replace(workshop.project("shapes"), warm=True)
     new_project(project.root, project.home, SMALL | {"dataset": "pictures/shapes"})
     for kind in SHAPES:
         folder = project.root / "pictures/shapes" / kind
@@ -422,6 +452,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
+def pytest_collection_finish():
+    """Spares the garbage collector the objects of imported libraries, over which it would go again and again."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(scope="session")
 def workshop(request, tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
@@ -480,6 +516,20 @@ def experiments(workshop):
 def experiment_stages(workshop, experiments):
     """The stages that DVC ran for each experiment, and for the plain `repro`."""
     return json.loads(workshop.record("experiments").read_text())
+
+
+@pytest.fixture
+def under_jax(workshop, tmp_path):
+    """Runs code in the test's folder, where Keras computes with JAX; gives what it prints."""
+    project = Project(tmp_path, workshop.home)
+
+    def run(code, **changes):
+        process = project.start_under_jax("-c", code, **changes)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, stderr[-3000:]
+        return stdout
+
+    return run
 
 
 @pytest.fixture

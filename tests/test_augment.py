@@ -3,9 +3,6 @@
 import functools
 import importlib.util
 import io
-import os
-import subprocess
-import sys
 import zipfile
 
 import keras
@@ -285,12 +282,8 @@ assert one.min() >= 0 and one.max() <= 255 and not np.array_equal(one, two)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
-def test_runs_under_jax_also_inside_tf_data():
-    environment = os.environ | {"KERAS_BACKEND": "jax", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", UNDER_JAX], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def test_runs_under_jax_also_inside_tf_data(under_jax):
+    under_jax(UNDER_JAX)
 
 
 def test_copies_without_variation_are_refused():

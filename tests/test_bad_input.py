@@ -1,14 +1,11 @@
 """What a user gets wrong, and a full disk: one sentence, a marked run, and nothing lost.
 
-Every case runs a stage's script, in a process and a workplace of its own. Where the imports would take most of the
-time, the process is forked from one that has imported already.
+Every case runs a stage's script, in a process and a workplace of its own.
 """
 
 import io
-import json
 import os
 import shutil
-import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import warm
 from conftest import NO_NETWORK, Project, copy_project
 
 OFFLINE = {**NO_NETWORK, "KERAS_HOME": "no-such-cache"}
@@ -175,63 +173,16 @@ def bare_copy(source, root):
     return project
 
 
-# What the first stages import. No TensorFlow: it does not survive a fork.
-WARM = """
-import json, os, runpy, sys, traceback
-import cv2, matplotlib.pyplot, mlflow.store.tracking.sqlalchemy_store, pandas, sklearn.metrics
-import catdog.tracking
-
-for line in sys.stdin:
-    root, script = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.chdir(root)
-        os.dup2(os.open("stdout", os.O_CREAT | os.O_WRONLY), 1)
-        os.dup2(os.open("stderr", os.O_CREAT | os.O_WRONLY), 2)
-        code = 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def warm(finished):
-    """A process that runs the scripts it is told in forks of itself."""
-    process = finished.start("python", "-c", WARM, stdin=subprocess.PIPE, PYTHONPATH="src")
-    yield process
-    process.communicate()
-
-
-def run_warm(process, project, script):
-    process.stdin.write(json.dumps([str(project.root), script]) + "\n")
-    process.stdin.flush()
-    code = int(process.stdout.readline())
-    output = [(project.root / name).read_text() for name in ("stdout", "stderr")]
-    return subprocess.CompletedProcess(script, code, *output)
-
-
 @pytest.fixture
-def outcome(name, request, workshop, finished, tmp_path):
+def outcome(name, workshop, finished, tmp_path):
     """Runs the case of this name; gives its project, how it ended and how long it took."""
     case = CASES[name]
     project = bare_copy(finished, tmp_path / "project")
     case.prepare(project)
     script = f"stages/{case.stage}.py"
-    warm = None if case.disk or case.environment or case.stage == "train" else request.getfixturevalue("warm")
     workshop.rest()
     started = time.monotonic()
-    if warm:
-        done = run_warm(warm, project, script)
-    elif case.disk:
+    if case.disk:
         require_small_disk(finished)
         done = run_on_small_disk(project, *case.disk, "python", script)
     else:
@@ -247,7 +198,9 @@ def require_small_disk(project):
 def run_on_small_disk(project, folder, size, *command, **environment):
     """Runs a command to which a folder appears as an empty disk of its own."""
     script = f'mkdir -p {folder} && mount -t tmpfs -o size={size} tmpfs {folder} && exec "$@"'
-    return project.run(*SMALL_DISK, "bash", "-c", script, "bash", *command, PYTHONPATH="src", **environment)
+    # A fork of the warm process would not see the disk.
+    environment |= {"PYTHONPATH": "src", warm.ADDRESS: ""}
+    return project.run(*SMALL_DISK, "bash", "-c", script, "bash", *command, **environment)
 
 
 @pytest.mark.parametrize("name", CASES)

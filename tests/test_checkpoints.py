@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from catdog.checkpoints import DAYS_KEPT, Checkpoints, State, open_checkpoints, run_key
+from conftest import Project
 
 STATE = State(
     {
@@ -171,16 +171,16 @@ def train_all(place: str) -> None:
     Path(place, "history.json").write_text(json.dumps([table.to_csv() for table in histories]))
 
 
-def start(place: Path) -> subprocess.Popen:
-    place.mkdir(exist_ok=True)
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here.parent / 'src'}{os.pathsep}{here}", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    code = f"import test_checkpoints; test_checkpoints.train_all({str(place)!r})"
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def test_killed_training_ends_with_the_same_bytes(tmp_path):
+def test_killed_training_ends_with_the_same_bytes(workshop, tmp_path):
     """SIGKILL in the head's phase and in fine-tuning; afterwards model and histories are those of a quiet run."""
+
+    def start(place: Path) -> subprocess.Popen:
+        place.mkdir(exist_ok=True)
+        here = Path(__file__).parent
+        code = f"import test_checkpoints; test_checkpoints.train_all({str(place)!r})"
+        path = f"{here.parent / 'src'}{os.pathsep}{here}"
+        return Project(place, workshop.home, warm=True).start("python", "-c", code, PYTHONPATH=path)
+
     quiet = start(tmp_path / "quiet")
     place = tmp_path / "killed"
     rng = np.random.default_rng()

@@ -16,7 +16,8 @@ from catdog.model import assemble, build_head
 from catdog.optimization import NO_IMAGE
 from catdog.shares import Share
 from catdog.training import fit_head, join_histories
-from test_runtime import SOURCES, TWO_CPUS, needs_jax, run_python
+from conftest import Project
+from test_runtime import SOURCES, TWO_CPUS, needs_jax
 
 WHOLE = Share()
 
@@ -292,13 +293,14 @@ assert history_by_two["val_loss"].min() < 0.95 * frozen_by_two
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=needs_jax)])
-def test_two_devices_tune_as_one_does_where_batches_cannot_be_halved(backend, tmp_path):
+def test_two_devices_tune_as_one_does_where_batches_cannot_be_halved(backend, under_jax, workshop, tmp_path):
+    if backend == "jax":
+        # What is compiled runs for a moment: optimizing it takes longer.
+        under_jax(SEVERAL_DEVICES, **tiny.pretended_devices(2, "--xla_backend_optimization_level=0"))
+        return
     path = os.pathsep.join([SOURCES, str(Path(__file__).parent)])
-    changes = {"KERAS_BACKEND": backend, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    # What is compiled runs for a moment: optimizing it takes longer.
-    changes |= tiny.pretended_devices(2, "--xla_backend_optimization_level=0")
-    code = (TWO_CPUS if backend == "tensorflow" else "") + f"import os; os.chdir({str(tmp_path)!r})" + SEVERAL_DEVICES
-    run_python(code, **changes)
+    done = Project(tmp_path, workshop.home, warm=True).run("python", "-c", TWO_CPUS + SEVERAL_DEVICES, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_histories_are_joined_with_their_phases(improved):

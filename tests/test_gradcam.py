@@ -14,7 +14,6 @@ from catdog.fine_tuning import unfreeze
 from catdog.gradcam import build_gradcam, overlay
 from catdog.model import ModelInfo, assemble, build_head, load_model, save_model, set_temperature
 from test_jax_backend import pytestmark as needs_jax
-from test_jax_backend import under_jax
 
 SIZE = 16
 
@@ -262,14 +261,14 @@ for name, batch_size in (("one", 5), ("two", 3)):
 
 
 @needs_jax
-def test_jax_gives_the_same_maps(tmp_path):
+def test_jax_gives_the_same_maps(under_jax, tmp_path):
     models = {"one": small_model("vgg16", "flatten"), "two": small_model("vgg16+mobilenetv2", "max", hidden=(5,))}
     pixels, classes = some_pixels(), np.array([0, 1, 0, 1, 1])
     np.save(tmp_path / "pixels.npy", pixels)
     np.save(tmp_path / "classes.npy", classes)
     for name, (model, info) in models.items():
         save_model(model, info, tmp_path / f"{name}.keras")
-    under_jax(EXPLAINED, tmp_path)
+    under_jax(EXPLAINED)
     for name, (model, info) in models.items():
         heat = build_gradcam(model, info)(pixels, classes)
         assert np.load(tmp_path / f"{name}.npy") == pytest.approx(heat, abs=1e-3)

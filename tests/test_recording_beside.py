@@ -1,5 +1,6 @@
 """A stage whose second process does the recording: the same runs as without, beside the first one's work."""
 
+import multiprocessing.spawn
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ import pytest
 from catdog.errors import CatdogError
 from catdog.second_process import second_process
 from catdog.tracking import stage
-from conftest import Store
+from conftest import Store, warm_programs
 
 
 @pytest.fixture
@@ -19,6 +20,10 @@ def store(finished, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.chdir(finished.root)
+    folder, variables = warm_programs(finished.home)
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", os.fsencode(folder / "python"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     return Store(uri)
 
 

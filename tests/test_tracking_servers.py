@@ -158,7 +158,7 @@ def started_without_server(pair, finished, tmp_path_factory):
     """The copy with another learning rate once more, at work with `tracking.required: false` and no server."""
     root = tmp_path_factory.mktemp("unreachable") / "project"
     shutil.copytree(pair["rate"].root, root, symlinks=True)
-    project = Project(root, finished.home)
+    project = Project(root, finished.home, warm=True)
     project.set_params({"tracking.required": False})
     with ThreadPoolExecutor() as pool:
         yield project, pool.submit(repro_stages, project, NOBODY, LIVE["rate"])

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +27,7 @@ from catdog.runtime import prepare_keras
 from catdog.training import best_epoch, fit_head
 from catdog.tuning import HYPERBAND_TRIALS, Plan, build_oracle, plan_search, rank, ranking, train_params, tune
 from catdog.tuning_features import features_of, with_backbone
-from conftest import wait_until
+from conftest import Project, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName):DeprecationWarning")  # of Keras Tuner
 
@@ -519,10 +518,9 @@ def test_hyperband_trains_the_best_of_the_short_trials_on(hyperband):
     assert longer["val_loss"] <= best["val_loss"]
 
 
-def test_killed_command_goes_on_and_ends_its_runs(root):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TF_CPP_MIN_LOG_LEVEL": "2"}
-    command = [sys.executable, "-m", "catdog.cli", "tune", "--method", "random", "--trials", "200"]
-    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+def test_killed_command_goes_on_and_ends_its_runs(root, workshop):
+    command = ["python", "-m", "catdog.cli", "tune", "--method", "random", "--trials", "200"]
+    process = Project(root, workshop.home, warm=True).start(*command, PYTHONPATH=str(ROOT / "src"), DVC_ROOT=str(root))
 
     def rows():
         found = list((root / ".dvc/tmp/tuning").glob("*/search.json"))

@@ -1,9 +1,7 @@
 """Jobs of several workers: real processes on this machine that fine-tune one tiny model together."""
 
 import importlib.util
-import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +15,7 @@ from catdog import workers
 from catdog.errors import CatdogError
 from catdog.shares import Share
 from catdog.workers import Job, meet, read_job
-from conftest import wait_until
+from conftest import Project, wait_until
 
 SOURCES = str(Path(workers.__file__).parents[1])
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
@@ -81,8 +79,8 @@ def free_port():
 class Jobs:
     """Starts trainings on the same shards, each in processes of its own."""
 
-    def __init__(self, folder):
-        self.folder, self.processes = folder, []
+    def __init__(self, folder, home):
+        self.folder, self.home, self.processes = folder, home, []
         data = tiny.Data(folder, train=43, val=25)
         for split, labels in data.labels.items():
             np.save(folder / f"{split}.npy", labels)
@@ -97,15 +95,8 @@ class Jobs:
         # What is compiled runs for a moment: optimizing it takes longer.
         quick = "--xla_backend_optimization_level=0"
         changes |= tiny.pretended_devices(devices, patience, quick)
-        kept_variables = {key: value for key, value in os.environ.items() if not key.startswith(("KERAS_", "XLA_"))}
-        path = os.pathsep.join([SOURCES, str(Path(__file__).parent)])
-        process = subprocess.Popen(
-            [sys.executable, "-c", TUNE, self.folder, self.folder / name, str(kept), str(pause)],
-            env={**kept_variables, "PYTHONPATH": path, "KERAS_BACKEND": "jax", **changes},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        arguments = ("-c", TUNE, self.folder, self.folder / name, str(kept), str(pause))
+        process = Project(self.folder, self.home).start_under_jax(*arguments, **changes)
         self.processes.append(process)
         return process
 
@@ -124,8 +115,8 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
-    jobs = Jobs(tmp_path_factory.mktemp("jobs"))
+def jobs(workshop, tmp_path_factory):
+    jobs = Jobs(tmp_path_factory.mktemp("jobs"), workshop.home)
     yield jobs
     jobs.end()
 
