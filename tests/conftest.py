@@ -29,6 +29,8 @@ import warm
 from internet import Internet
 
 REPOSITORY = Path(__file__).parents[1]
+MODULES = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests")])
+"""PYTHONPATH of processes that import this project's modules and the tests'."""
 gc.disable()  # until everything is imported
 # Without `source`, which runs every time and leaves no run in MLflow.
 STAGES = ("download", "split", "preprocess", "embed", "train", "evaluate", "track")
@@ -118,8 +120,7 @@ class Project:
     def start_under_jax(self, *arguments, **changes):
         """Starts Python where Keras computes with JAX, warm, too; it finds this project's modules and the tests'."""
         programs, variables = warm_programs(self.home, KERAS_BACKEND="jax")
-        path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests")])
-        variables |= {"KERAS_BACKEND": "jax", "PYTHONPATH": path}
+        variables |= {"KERAS_BACKEND": "jax", "PYTHONPATH": MODULES}
         return self.start(programs / "python", *arguments, **variables, **changes)
 
     def run(self, *command, **changes):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from catdog.checkpoints import DAYS_KEPT, Checkpoints, State, open_checkpoints, run_key
-from conftest import Project
+from conftest import MODULES, Project
 
 STATE = State(
     {
@@ -176,10 +176,8 @@ def test_killed_training_ends_with_the_same_bytes(workshop, tmp_path):
 
     def start(place: Path) -> subprocess.Popen:
         place.mkdir(exist_ok=True)
-        here = Path(__file__).parent
         code = f"import test_checkpoints; test_checkpoints.train_all({str(place)!r})"
-        path = f"{here.parent / 'src'}{os.pathsep}{here}"
-        return Project(place, workshop.home, warm=True).start("python", "-c", code, PYTHONPATH=path)
+        return Project(place, workshop.home, warm=True).start("python", "-c", code, PYTHONPATH=MODULES)
 
     quiet = start(tmp_path / "quiet")
     place = tmp_path / "killed"

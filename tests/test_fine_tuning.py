@@ -1,8 +1,5 @@
 """Fine-tuning: what is unfrozen, what the batches hold, and that only an improvement counts."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -16,8 +13,8 @@ from catdog.model import assemble, build_head
 from catdog.optimization import NO_IMAGE
 from catdog.shares import Share
 from catdog.training import fit_head, join_histories
-from conftest import Project
-from test_runtime import SOURCES, TWO_CPUS, needs_jax
+from conftest import MODULES, Project
+from test_runtime import TWO_CPUS, needs_jax
 
 WHOLE = Share()
 
@@ -298,8 +295,8 @@ def test_two_devices_tune_as_one_does_where_batches_cannot_be_halved(backend, un
         # What is compiled runs for a moment: optimizing it takes longer.
         under_jax(SEVERAL_DEVICES, **tiny.pretended_devices(2, "--xla_backend_optimization_level=0"))
         return
-    path = os.pathsep.join([SOURCES, str(Path(__file__).parent)])
-    done = Project(tmp_path, workshop.home, warm=True).run("python", "-c", TWO_CPUS + SEVERAL_DEVICES, PYTHONPATH=path)
+    project = Project(tmp_path, workshop.home, warm=True)
+    done = project.run("python", "-c", TWO_CPUS + SEVERAL_DEVICES, PYTHONPATH=MODULES)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

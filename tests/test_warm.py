@@ -78,7 +78,7 @@ def test_signals_reach_it_and_its_death_with_the_one_who_waits(project, number, 
     process.send_signal(number)
     process.communicate()
     assert process.returncode == status
-    wait_until(lambda: not (Path("/proc", pid)).exists())
+    wait_until(lambda: not Path("/proc", pid).exists())
 
 
 def test_what_libraries_read_while_they_are_imported_is_read_anew(project):

@@ -13,6 +13,8 @@ import contextlib
 import gc
 import importlib
 import marshal
+import multiprocessing.process
+import multiprocessing.spawn
 import os
 import runpy
 import selectors
@@ -22,6 +24,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 import types
 from pathlib import Path
 
@@ -49,7 +53,7 @@ try:
     files = [number for number in files if os.path.exists(f"/proc/self/fd/{{number}}")]
     connection.connect(address)
     message = marshal.dumps((arguments, os.getcwd(), environment, files))
-    sent = socket.send_fds(connection, [len(message).to_bytes(8, "big")], files)
+    socket.send_fds(connection, [len(message).to_bytes(8, "big")], files)
     connection.sendall(message)
 except OSError:
     os.execv(PROGRAM, [PROGRAM, *arguments])
@@ -233,9 +237,6 @@ class Serving:
             command, *rest = arguments
             first = "" if command in ("-c", "-m") else str(Path(command).resolve().parent)
             sys.path[:] = [first, *(str(Path(folder, entry)) for entry in given), *self.path]
-            import multiprocessing.process
-            import multiprocessing.spawn
-
             multiprocessing.process.ORIGINAL_DIR = folder
             multiprocessing.spawn.set_executable(self.shim)
             code = 0
@@ -257,8 +258,6 @@ class Serving:
         except KeyboardInterrupt:
             code = 130
         except BaseException:
-            import traceback
-
             traceback.print_exc()
             code = 1
         finally:
@@ -267,8 +266,6 @@ class Serving:
 
 def _finish(code) -> None:
     """Ends a fork as the interpreter would: threads, then what is registered, then what is buffered."""
-    import threading
-
     try:
         threading._shutdown()
         atexit._run_exitfuncs()
