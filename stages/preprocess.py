@@ -1,15 +1,14 @@
 """Decodes and resizes every image once and writes the splits as TFRecord shards."""
 
-import functools
 import os
 import time
 
 from catdog import paths
 from catdog.compute import open_compute
 from catdog.files import read_json, read_manifest
-from catdog.preprocessing import open_encoder, open_writer
+from catdog.preprocessing import open_encoder, rows_of_splits, shard_writers
 from catdog.progress import progress
-from catdog.records import ImageRow, images_per_shard, mean_record_bytes, plan_shards, write_index
+from catdog.records import images_per_shard, mean_record_bytes, plan_shards, write_index
 from catdog.runtime import prepare_keras_for
 from catdog.second_process import second_process
 from catdog.tracking import log_data_hash, stage
@@ -21,26 +20,22 @@ def main() -> None:
         log_data_hash(run, paths.MANIFEST)
         params = run.params.preprocess
         classes = read_json(paths.DATA_REPORT)["classes"]
-        number = {name: index for index, name in enumerate(classes)}
-        # As text: a class may be called 1 or NA.
-        manifest = read_manifest(paths.MANIFEST)
-        rows: dict[str, list[ImageRow]] = {}
-        for split in paths.SPLITS:  # the manifest may hold images in none of them
-            of_split = manifest[manifest["split"] == split]
-            rows[split] = [
-                ImageRow(path, number[label]) for path, label in zip(of_split["path"], of_split["label"], strict=True)
-            ]
+        rows = rows_of_splits(read_manifest(paths.MANIFEST), classes)
         images = [row for split in paths.SPLITS for row in rows[split]]
         encode = open_encoder(paths.RAW, run.params, classes)
-        started = time.monotonic()
-        record_bytes = mean_record_bytes(images, encode, workers=os.cpu_count() or 1)
-        limit = images_per_shard(len(images), record_bytes, params.shard_megabytes * 1e6)
-        shards = [shard for split in paths.SPLITS for shard in plan_shards(split, rows[split], limit)]
-        make = functools.partial(open_writer, paths.RAW, run.params, classes, folder=paths.TFRECORDS)
-        with open_compute(run.params.compute, paths.TFRECORDS) as compute, compute.workers(make, "cpu") as write_all:
+        with (
+            open_compute(run.params.compute, paths.TFRECORDS) as compute,
+            shard_writers(
+                paths.RAW, run.params, classes, images=len(images), folder=paths.TFRECORDS, compute=compute
+            ) as write_all,
+        ):
             run.note(compute.facts("cpu"))
+            started = time.monotonic()
+            record_bytes = mean_record_bytes(images, encode, workers=os.cpu_count() or 1)
+            limit = images_per_shard(len(images), record_bytes, params.shard_megabytes * 1e6)
+            shards = [shard for split in paths.SPLITS for shard in plan_shards(split, rows[split], limit)]
             written = list(progress(write_all(shards), "preprocess", len(shards), "shards"))
-        seconds = time.monotonic() - started
+            seconds = time.monotonic() - started
         write_index(paths.TFRECORDS, written, classes, size=params.image_size)
         rate = len(images) / seconds
         total = sum(shard.bytes for shard in written)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 # What these do cannot change an output, or reaches it through the parameters that a stage names.
 NEUTRAL = {"catdog", *(f"catdog.{name}" for name in ("config", "paths", "errors", "files", "tracking", "serving"))}
-NEUTRAL |= {f"catdog.{name}" for name in ("progress", "second_process", "signals", "startup")}
+NEUTRAL |= {f"catdog.{name}" for name in ("parallel", "progress", "second_process", "signals", "startup")}
 HEAVY = ("keras", "tensorflow", "mlflow", "openvino")
 
 DEFINITION = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))

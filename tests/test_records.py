@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import io
-import threading
 import zipfile
 from itertools import pairwise
 
@@ -14,13 +13,13 @@ from PIL import Image
 from catdog.errors import CatdogError
 from catdog.files import read_json
 from catdog.images import ImageError, decode_stored
+from catdog.parallel import map_in_threads
 from catdog.records import (
     ImageRow,
     RecordReader,
     Shard,
     encode_record,
     images_per_shard,
-    map_shards,
     mean_record_bytes,
     plan_shards,
     shard_paths,
@@ -64,7 +63,9 @@ def encode(tmp_path_factory):
 def write_all(folder, encode, sizes, per_shard, workers=1):
     """Writes splits of these sizes, each from 0.png on, and the index."""
     shards = [shard for split, size in sizes.items() for shard in plan_shards(split, rows(size), per_shard)]
-    written = list(map_shards(functools.partial(write_shard, folder=folder, encode=encode), shards, workers=workers))
+    written = list(
+        map_in_threads(functools.partial(write_shard, folder=folder, encode=encode), shards, workers=workers)
+    )
     write_index(folder, written, CLASSES, size=32)
     return written
 
@@ -324,32 +325,3 @@ def test_index_counts_and_names_every_shard(encode, tmp_path):
     assert [entry["numBytes"] for entry in index["splits"]] == [
         str(sum(path.stat().st_size for path in shard_paths(tmp_path, split))) for split in ("train", "val")
     ]
-
-
-# The pool
-
-
-@pytest.mark.parametrize("workers", [1, 4])
-def test_results_of_the_pool_are_in_the_order_of_the_shards(workers):
-    last_first = [threading.Event() for _ in range(4)]
-
-    def work(number: int) -> int:
-        if workers == 4 and number < 3:
-            assert last_first[number + 1].wait(60)
-        last_first[number].set()
-        return number * number
-
-    assert list(map_shards(work, range(4), workers=workers)) == [0, 1, 4, 9]
-
-
-def test_error_in_the_pool_is_raised_and_cancels_the_rest():
-    done = []
-
-    def work(number: int) -> None:
-        if number == 1:
-            raise ValueError("broken")
-        done.append(number)
-
-    with pytest.raises(ValueError, match="broken"):
-        list(map_shards(work, range(1000), workers=1))
-    assert len(done) < 1000

@@ -21,7 +21,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from catdog.cluster import Node, is_alive, join_cluster, last_line
 from catdog.errors import CatdogError
-from catdog.records import map_shards
+from catdog.parallel import map_in_threads
 
 Share = Literal["cpu", "device", "node"]
 """What one worker takes: a processor (here: a thread), a GPU or else a processor, or a node with all that it has."""
@@ -95,7 +95,7 @@ class Local:
         """Sets the one worker up, whose function the threads share."""
         function = make()
         threads = {"cpu": os.cpu_count() or 1, "device": 1, "node": NODE_THREADS}[share]
-        yield lambda items: map_shards(function, items, workers=threads) if threads > 1 else map(function, items)
+        yield lambda items: map_in_threads(function, items, workers=threads) if threads > 1 else map(function, items)
 
     def facts(self, share: Share) -> dict[str, str]:
         """Says that it was done here."""

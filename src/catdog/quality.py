@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zipfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -14,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from catdog.archives import MemberError, duplicate_members, read_member
+from catdog.archives import MemberError, duplicate_members, open_archive, read_member
 from catdog.errors import CatdogError
 from catdog.images import ImageError, decode_viewable
 from catdog.labels import EXCLUDED, HIDDEN, NOT_LISTED, Labelling
+from catdog.parallel import image_workers
 from catdog.paths import REJECTED
 from catdog.progress import progress
 
@@ -144,24 +146,20 @@ def inspect_archive(
         archive: the raw data set.
         labelling: the class of each member, or why it has none.
         max_pixels: larger pictures are rejected before they are decoded.
-        workers: threads; decoding releases the interpreter's lock.
+        workers: processors.
 
     Returns:
         The accepted images (path, label and the fields of `Inspection`) and the rejected files (path, label,
         reason, bytes), both sorted by path.
     """
-
-    def one(path: str) -> dict[str, Any]:
-        row: dict[str, Any] = {"path": path, "label": labelling.labels[path]}
-        try:
-            return row | asdict(inspect(read_member(archive, path), max_pixels=max_pixels))
-        except (ImageError, MemberError) as error:
-            reason = str(error)
-        return row | {"reason": reason, "bytes": archive.getinfo(path).file_size}
-
-    with ThreadPoolExecutor(workers) as pool:
-        paths = sorted(labelling.labels)
-        rows = list(progress(pool.map(one, paths), "validate", len(paths), "images"))
+    assert archive.filename is not None, "it is a file"
+    paths = sorted(labelling.labels)
+    make = functools.partial(_open_inspector, Path(archive.filename), max_pixels)
+    with image_workers(make, len(paths), workers=workers) as inspect_all:
+        found = progress(inspect_all(paths), "validate", len(paths), "images")
+        rows: list[dict[str, Any]] = [
+            {"path": path, "label": labelling.labels[path]} | facts for path, facts in zip(paths, found, strict=True)
+        ]
     rows += [
         {"path": path, "label": "", "reason": reason, "bytes": archive.getinfo(path).file_size}
         for path, reason in labelling.refused.items()
@@ -175,6 +173,18 @@ def inspect_archive(
     accepted = pd.DataFrame([row for row in rows if "reason" not in row], columns=columns)
     rejected = pd.DataFrame([row for row in rows if "reason" in row], columns=REJECTED_COLUMNS)
     return accepted.sort_values("path", ignore_index=True), rejected.sort_values("path", ignore_index=True)
+
+
+def _open_inspector(raw: Path, max_pixels: float) -> Callable[[str], dict[str, Any]]:
+    archive = open_archive(raw)
+
+    def inspect_member(path: str) -> dict[str, Any]:
+        try:
+            return asdict(inspect(read_member(archive, path), max_pixels=max_pixels))
+        except (ImageError, MemberError) as error:
+            return {"reason": str(error), "bytes": archive.getinfo(path).file_size}
+
+    return inspect_member
 
 
 def require_mostly_accepted(accepted: int, rejected: pd.DataFrame, max_share: float) -> None:

@@ -21,14 +21,15 @@ def second_process() -> Iterator[Executor]:
     Yields:
         Its `submit(function, *arguments)` returns a future.
     """
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_live_and_die_with_the_first)
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=live_and_die_with_the_first)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _live_and_die_with_the_first() -> None:
+def live_and_die_with_the_first() -> None:
+    """Has this process leave interrupts to the one that started it, and end when that one ends, however it does."""
     # Ctrl-C reaches both, and what ends a group of processes does; the first one tells, and ends this one.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

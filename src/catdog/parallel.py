@@ -1,0 +1,107 @@
+"""The same work on many items, on all processors: in threads, or in processes where threads would wait for each other.
+
+Decoding, resizing, encoding and hashing release the interpreter's lock, and so run beside each other in threads. What
+Python does between them does not: with two threads on two processors a third of the time goes into waiting, and with
+more of both, more. Processes wait for nothing, but take as long to start as work on some hundred images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from catdog.errors import CatdogError
+from catdog.second_process import live_and_die_with_the_first
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+LEAST_IMAGES = 1000
+"""Images that a process must have to do, to be worth its start."""
+_AT_ONCE = 32  # items that travel together
+_AHEAD = 4
+"""Such groups under way or waiting to be yielded, at most, for each process."""
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item], *, workers: int) -> Iterator[Result]:
+    """Runs a function over images, or shards, in a pool of threads and yields the results in their order."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def image_workers(
+    make: Callable[[], Callable[[Item], Result]], images: int, *, workers: int
+) -> Iterator[Callable[[Sequence[Item]], Iterator[Result]]]:
+    """Starts what runs a function over many images: processes, if there are enough for more than one, else threads.
+
+    The results are the same.
+
+    Args:
+        make: opens what the work needs, once in every process, and returns the function. It travels as a pickle, and
+            so do items and results.
+        images: how many there are.
+        workers: processors.
+
+    Yields:
+        When all have opened what they need: a function that takes the items and yields the results in their order.
+        Only a few are under way at a time, however many there are.
+
+    Raises:
+        CatdogError: a process died. What `make` and the function raise comes as it is.
+    """
+    processes = min(workers, images // LEAST_IMAGES)
+    if processes < 2:
+        function = make()
+        yield lambda items: map_in_threads(function, items, workers=workers)
+        return
+    # Fresh processes: copies of this one would hold its locks.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, initializer=live_and_die_with_the_first)
+    pickled = pickle.dumps(make)
+
+    def map_all(items: Sequence[Item]) -> Iterator[Result]:
+        waiting: deque[Future[list[Any]]] = deque()
+        for start in range(0, len(items), _AT_ONCE):
+            waiting.append(pool.submit(_do, pickled, items[start : start + _AT_ONCE]))
+            if len(waiting) == processes * _AHEAD:
+                yield from waiting.popleft().result()
+        for future in waiting:
+            yield from future.result()
+
+    try:
+        # The pool starts a process for each call that finds none idle.
+        for opened in [pool.submit(_do, pickled, ()) for _ in range(processes)]:
+            opened.result()
+        yield map_all
+    except BrokenProcessPool:
+        raise CatdogError(
+            f"one of {processes} processes died at its work; too little memory may be to blame, so close other "
+            "programs and run again"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@functools.cache
+def _open(pickled: bytes) -> Callable[[Any], Any]:
+    function: Callable[[Any], Any] = pickle.loads(pickled)()
+    return function
+
+
+def _do(pickled: bytes, items: Sequence[Any]) -> list[Any]:
+    function = _open(pickled)
+    return [function(item) for item in items]
