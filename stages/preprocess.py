@@ -1,11 +1,11 @@
 """Decodes and resizes every image once and writes the splits as TFRecord shards."""
 
-import os
 import time
 
 from catdog import paths
 from catdog.compute import open_compute
 from catdog.files import read_json, read_manifest
+from catdog.parallel import processors
 from catdog.preprocessing import open_encoder, rows_of_splits, shard_writers
 from catdog.progress import progress
 from catdog.records import images_per_shard, mean_record_bytes, plan_shards, write_index
@@ -31,7 +31,7 @@ def main() -> None:
         ):
             run.note(compute.facts("cpu"))
             started = time.monotonic()
-            record_bytes = mean_record_bytes(images, encode, workers=os.cpu_count() or 1)
+            record_bytes = mean_record_bytes(images, encode, workers=processors())
             limit = images_per_shard(len(images), record_bytes, params.shard_megabytes * 1e6)
             shards = [shard for split in paths.SPLITS for shard in plan_shards(split, rows[split], limit)]
             written = list(progress(write_all(shards), "preprocess", len(shards), "shards"))

@@ -1,7 +1,6 @@
 """Validates every image, finds duplicates, and divides the rest into train, val and test."""
 
 import functools
-import os
 import sys
 
 import pandas as pd
@@ -11,6 +10,7 @@ from catdog.archives import open_archive, read_member
 from catdog.curation import divide, examine
 from catdog.data_page import write_data_page
 from catdog.files import write_text
+from catdog.parallel import processors
 from catdog.quality import require_mostly_accepted
 from catdog.split import count_table
 from catdog.tracking import log_data_hash, stage
@@ -21,7 +21,7 @@ def main() -> None:
     with stage("split") as run, open_archive(paths.RAW) as archive:
         log_data_hash(run, paths.RAW)
         params = run.params.split
-        found = examine(archive, params, root=run.root, workers=os.cpu_count() or 1)
+        found = examine(archive, params, root=run.root, workers=processors())
         write_text(paths.REJECTED, found.rejected.to_csv(index=False))
         require_mostly_accepted(len(found.images), found.rejected, params.max_rejected)
 

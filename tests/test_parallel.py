@@ -3,6 +3,8 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -164,6 +166,13 @@ def test_a_process_that_dies_is_told_in_one_sentence(tmp_path):
     assert (tmp_path / "dead").exists()
 
 
+def test_processors_are_those_that_a_batch_system_left_to_the_process():
+    left = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    asked = f"{left}; from catdog.parallel import processors; print(processors())"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, cwd=ROOT / "src")
+    assert done.stdout == "1\n"
+
+
 # What the stages do with them
 
 
@@ -189,7 +198,7 @@ def in_both_ways(monkeypatch, work):
     monkeypatch.setattr(
         parallel, "ProcessPoolExecutor", lambda *given, **named: started.append(1) or real(*given, **named)
     )
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     in_threads = work("threads")
     assert not started
     monkeypatch.setattr(parallel, "LEAST_IMAGES", 4)
@@ -231,7 +240,7 @@ def test_shards_have_the_same_bytes_by_processes(raw, tmp_path, monkeypatch):
 def test_a_picture_that_cannot_be_read_leaves_no_half_written_shard(raw, tmp_path, monkeypatch):
     params = load_params(ROOT / "params.yaml")
     monkeypatch.setattr(parallel, "LEAST_IMAGES", 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     rows = [ImageRow("dog/00.png", 1), ImageRow("cat/broken.jpg", 0)]
     with (
         pytest.raises(ImageError, match="not an image"),

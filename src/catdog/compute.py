@@ -21,7 +21,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from catdog.cluster import Node, is_alive, join_cluster, last_line
 from catdog.errors import CatdogError
-from catdog.parallel import map_in_threads
+from catdog.parallel import map_in_threads, processors
 
 Share = Literal["cpu", "device", "node"]
 """What one worker takes: a processor (here: a thread), a GPU or else a processor, or a node with all that it has."""
@@ -94,7 +94,7 @@ class Local:
     def workers(self, make: MakeWorker[Item, Result], share: Share) -> Iterator[MapItems[Item, Result]]:
         """Sets the one worker up, whose function the threads share."""
         function = make()
-        threads = {"cpu": os.cpu_count() or 1, "device": 1, "node": NODE_THREADS}[share]
+        threads = {"cpu": processors(), "device": 1, "node": NODE_THREADS}[share]
         yield lambda items: map_in_threads(function, items, workers=threads) if threads > 1 else map(function, items)
 
     def facts(self, share: Share) -> dict[str, str]:

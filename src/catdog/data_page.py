@@ -7,7 +7,6 @@ on nothing but the data. The layout is in `templates/data.html.jinja`; this modu
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ import pandas as pd
 from catdog.files import written_aside
 from catdog.images import MAX_PIXELS, Pixels, decode, encode_jpeg, resize
 from catdog.pages import data_uri, load_template, printable
+from catdog.parallel import processors
 from catdog.paths import REJECTED, SPLITS, UNUSED
 from catdog.plots import plot_class_counts, plot_picture_rows, plot_properties, plot_sizes, shrink
 from catdog.quality import inspect
@@ -342,7 +342,7 @@ def histogram(values: pd.Series, *, low: float | None = None, high: float | None
 
 
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    return ThreadPoolExecutor(min(4, processors()))
 
 
 def _tiles(

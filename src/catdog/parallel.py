@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing
+import os
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,13 @@ LEAST_IMAGES = 1000
 _AT_ONCE = 32  # items that travel together
 _AHEAD = 4
 """Such groups under way or waiting to be yielded, at most, for each process."""
+
+
+def processors() -> int:
+    """Returns how many processors this process may use: the machine's, or what a batch system or `taskset` left it."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item], *, workers: int) -> Iterator[Result]:

@@ -30,6 +30,7 @@ from catdog.inference import choose_engine, compile_forward
 from catdog.inputs import ImageFile, UnreadableError, find_images, find_unlabelled
 from catdog.model import class_probabilities, load_model, predict_classes, read_info
 from catdog.model_reference import find_model
+from catdog.parallel import processors
 from catdog.progress import progress
 from catdog.runtime import prepare_keras
 
@@ -204,7 +205,7 @@ def _decode_ahead(files: Iterable[ImageFile], pixels: Callable[[bytes], Pixels])
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         waiting: deque[Future[Pixels | str]] = deque()
         try:
             for file in files:

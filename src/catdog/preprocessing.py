@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from catdog import paths
 from catdog.archives import open_archive
 from catdog.compute import Compute, MapItems
 from catdog.config import Params
-from catdog.parallel import image_workers
+from catdog.parallel import image_workers, processors
 from catdog.records import (
     EncodeRecord,
     ImageRow,
@@ -73,7 +72,7 @@ def shard_writers(
         return
     make = functools.partial(_open_picture_encoder, raw, params)
     settings = params.preprocess
-    with image_workers(make, images, workers=os.cpu_count() or 1) as encode_all:
+    with image_workers(make, images, workers=processors()) as encode_all:
 
         def write_here(shards: Sequence[Shard]) -> Iterator[WrittenShard]:
             pictures = encode_all([row for shard in shards for row in shard.rows])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import numpy.typing as npt
 from catdog.errors import CatdogError
 from catdog.files import read_json, sha256_of, write_json, write_text, written_aside
 from catdog.images import Pixels, ResizeMode, decode, encode_jpeg, resize
-from catdog.parallel import map_in_threads
+from catdog.parallel import map_in_threads, processors
 
 INDEX = "dataset_info.json"
 FEATURES = "features.json"
@@ -310,7 +309,7 @@ def verify_shards(folder: Path, splits: Sequence[str]) -> None:
             raise CatdogError(f"{path} is not the file that preprocess wrote: its SHA-256 is {found}; {_WRITE_AGAIN}")
 
     shards = [path for split in splits for path in shard_paths(folder, split)]
-    for _ in map_in_threads(verify, shards, workers=os.cpu_count() or 1):
+    for _ in map_in_threads(verify, shards, workers=processors()):
         pass
 
 
