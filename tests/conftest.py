@@ -456,6 +456,7 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """Spares the garbage collector the objects of imported libraries, over which it would go again and again."""
     gc.freeze()
+    gc.set_threshold(100_000, 20, 20)  # of Python's 700, 10, 10: TensorFlow's graphs are many objects that live on
     gc.enable()
 
 

@@ -145,8 +145,20 @@ def import_libraries() -> None:
         if name == "keras":
             for other in [other for other in hidden if sys.modules[other] is None]:
                 del sys.modules[other]
+    if jax:
+        _share_compiled()
     gc.enable()
     gc.freeze()
+
+
+def _share_compiled() -> None:
+    """Lets forks read from the disk what JAX compiled for another one; a limit of the size makes it take locks."""
+    import jax
+
+    folder = tempfile.mkdtemp(prefix="compiled-", dir=os.environ["HOME"])
+    for name, value in (("dir", folder), ("max_size", 1 << 30)):
+        jax.config.update(f"jax_compilation_cache_{name}", value)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 class Serving:
