@@ -100,7 +100,8 @@ def killer(told):
 @pytest.fixture
 def few(monkeypatch):
     """Two processes are worth their start for 8 images."""
-    monkeypatch.setattr(parallel, "LEAST_IMAGES", 4)
+    monkeypatch.setattr(parallel, "LEAST_IMAGES", 8)
+    monkeypatch.setattr(parallel, "LEAST_FOR_EACH", 4)
 
 
 @pytest.mark.usefixtures("few")
@@ -201,7 +202,8 @@ def in_both_ways(monkeypatch, work):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     in_threads = work("threads")
     assert not started
-    monkeypatch.setattr(parallel, "LEAST_IMAGES", 4)
+    monkeypatch.setattr(parallel, "LEAST_IMAGES", 8)
+    monkeypatch.setattr(parallel, "LEAST_FOR_EACH", 4)
     in_processes = work("processes")
     assert started
     return in_threads, in_processes
@@ -239,7 +241,8 @@ def test_shards_have_the_same_bytes_by_processes(raw, tmp_path, monkeypatch):
 
 def test_a_picture_that_cannot_be_read_leaves_no_half_written_shard(raw, tmp_path, monkeypatch):
     params = load_params(ROOT / "params.yaml")
-    monkeypatch.setattr(parallel, "LEAST_IMAGES", 1)
+    monkeypatch.setattr(parallel, "LEAST_IMAGES", 2)
+    monkeypatch.setattr(parallel, "LEAST_FOR_EACH", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     rows = [ImageRow("dog/00.png", 1), ImageRow("cat/broken.jpg", 0)]
     with (

@@ -2,7 +2,7 @@
 
 Decoding, resizing, encoding and hashing release the interpreter's lock, and so run beside each other in threads. What
 Python does between them does not: with two threads on two processors a third of the time goes into waiting, and with
-more of both, more. Processes wait for nothing, but take as long to start as work on some hundred images.
+more of both, more. Processes wait for nothing, but take as long to start as work on a thousand images.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from catdog.second_process import live_and_die_with_the_first
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-LEAST_IMAGES = 1000
-"""Images that a process must have to do, to be worth its start."""
+LEAST_IMAGES = 3000
+"""Fewer images are done in threads before processes have started and done them (measured on two processors)."""
+LEAST_FOR_EACH = 250
+"""Images that each of many processes must have to do, to be worth its memory."""
 _AT_ONCE = 32  # items that travel together
 _AHEAD = 4
 """Such groups under way or waiting to be yielded, at most, for each process."""
@@ -71,8 +73,8 @@ def image_workers(
     Raises:
         CatdogError: a process died. What `make` and the function raise comes as it is.
     """
-    processes = min(workers, images // LEAST_IMAGES)
-    if processes < 2:
+    processes = min(workers, images // LEAST_FOR_EACH)
+    if processes < 2 or images < LEAST_IMAGES:
         function = make()
         yield lambda items: map_in_threads(function, items, workers=workers)
         return
