@@ -20,7 +20,6 @@ of 1, 2, 4 and 8 of a fixed shape are tried, and the fastest is measured.
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +37,7 @@ from catdog.archives import open_archive
 from catdog.config import Params, load_params
 from catdog.files import read_json, read_manifest, write_json
 from catdog.images import Pixels
+from catdog.parallel import processors
 
 if TYPE_CHECKING:
     import zipfile
@@ -107,7 +107,7 @@ def _split_limit() -> dict[str, Any]:
     with open_archive(paths.RAW) as archive:
         limit = _best_loop(archive, names, decode)
         started = time.perf_counter()
-        examine(archive, params.split, root=Path.cwd(), workers=os.cpu_count() or 1)
+        examine(archive, params.split, root=Path.cwd(), workers=processors())
         return {"limit": limit, "step": _timed(started, len(archive.namelist()))}
 
 
@@ -127,7 +127,7 @@ def _preprocess_limit() -> dict[str, Any]:
 
 def _best_loop(archive: zipfile.ZipFile, names: Sequence[str], work: Callable[[bytes], None]) -> dict[str, Any]:
     """Times reading all members and the work on them, with the better of two settings of OpenCV's own threads."""
-    workers = os.cpu_count() or 1
+    workers = processors()
 
     def loop(threads: int, some: Sequence[str]) -> float:
         cv2.setNumThreads(threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from catdog.archives import open_archive, pack_archive, pack_folder
 from catdog.errors import CatdogError
 from catdog.files import written_aside
 from catdog.labels import label_files
+from catdog.parallel import processors
 from catdog.sample import write_sample
 
 SAMPLE_IMAGES = 600
@@ -155,7 +155,7 @@ def _write_archive(target: Path, take: Callable[[int], Picture], count: int) -> 
     with (
         written_aside(target) as aside,
         zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(processors()) as pool,
     ):
         for number, (label, data) in enumerate(_in_parts(pool, take, count)):
             archive.writestr(f"{label}/{number:06d}.jpg", data)

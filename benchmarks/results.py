@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.project import ROOT
 from catdog.errors import CatdogError
 from catdog.files import read_json, write_json
+from catdog.parallel import processors
 
 _PACKAGES = ("dvc", "keras", "mlflow", "numpy", "opencv-python-headless", "openvino", "pillow", "tensorflow-cpu")
 _MUST_AGREE = ("machine", "cores", "memory_gb", "python", "packages", "revision", "photographs", "settings")
@@ -67,7 +68,7 @@ def collect_facts(photographs: Sequence[str], settings: dict[str, Any]) -> dict[
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "machine": _device(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": processors(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "load_before": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),

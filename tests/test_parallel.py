@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -57,6 +58,24 @@ def test_error_in_the_pool_is_raised_and_cancels_the_rest():
     with pytest.raises(ValueError, match="broken"):
         list(map_in_threads(work, range(1000), workers=1))
     assert len(done) < 1000
+
+
+def test_threads_keep_no_result_and_run_a_few_items_ahead():
+    class Picture:
+        pass
+
+    made = []
+
+    def work(_):
+        picture = Picture()
+        made.append(weakref.ref(picture))
+        return picture
+
+    for taken, _ in enumerate(map_in_threads(work, range(300), workers=2, ahead=8), start=1):
+        assert len(made) <= taken + 8
+        # The one in hand, those that wait, and one that each thread has just made.
+        assert sum(one() is not None for one in made) <= 1 + 8 + 2
+    assert len(made) == 300
 
 
 # Processes
@@ -195,17 +214,15 @@ def raw(tmp_path_factory):
 def in_both_ways(monkeypatch, work):
     """What a function returns with its images in threads, and in processes."""
     started = []
-    real = parallel.ProcessPoolExecutor
-    monkeypatch.setattr(
-        parallel, "ProcessPoolExecutor", lambda *given, **named: started.append(1) or real(*given, **named)
-    )
+    real = parallel.fresh_processes
+    monkeypatch.setattr(parallel, "fresh_processes", lambda count: started.append(count) or real(count))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     in_threads = work("threads")
     assert not started
     monkeypatch.setattr(parallel, "LEAST_IMAGES", 8)
     monkeypatch.setattr(parallel, "LEAST_FOR_EACH", 4)
     in_processes = work("processes")
-    assert started
+    assert started == [2]
     return in_threads, in_processes
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import catdog
 from catdog.errors import CatdogError
 from catdog.files import write_text
+from catdog.parallel import processors
 from catdog.runtime import notices_held_back, processor_name
 
 SECONDS_TO_ANSWER = 5.0
@@ -159,7 +160,7 @@ def _environment() -> dict[str, str]:
         "PYTHONPATH": str(_source()),
         "KERAS_BACKEND": keras.backend.backend(),
         # What TensorFlow takes on its own: all processors that it may use.
-        "TF_NUM_INTRAOP_THREADS": str(len(os.sched_getaffinity(0))),
+        "TF_NUM_INTRAOP_THREADS": str(processors()),
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     return own | passed_on

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from catdog.export import DESCRIPTION, DESCRIPTION_KEY, NETWORK, Format
 from catdog.images import Pixels
 from catdog.inference import Forward, import_openvino, run_openvino
+from catdog.parallel import processors
 from catdog.runtime import notices_held_back
 
 # The distributions that may hold TensorFlow, in which two of the runtimes are.
@@ -68,13 +69,12 @@ def runtime_version(format_: Format) -> str:
 
 
 def _open_tflite(path: Path) -> Forward:
-    import os
     import warnings
 
     import tensorflow as tf
 
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it will move to another package
-        interpreter = tf.lite.Interpreter(str(path), num_threads=os.cpu_count())
+        interpreter = tf.lite.Interpreter(str(path), num_threads=processors())
     interpreter.allocate_tensors()
     pixels = interpreter.get_input_details()[0]["index"]
     probabilities = interpreter.get_output_details()[0]["index"]

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import multiprocessing
 import os
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from catdog.errors import CatdogError
-from catdog.second_process import live_and_die_with_the_first
+from catdog.second_process import fresh_processes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,16 +39,34 @@ def processors() -> int:
     return os.cpu_count() or 1
 
 
-def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item], *, workers: int) -> Iterator[Result]:
-    """Runs a function over images, or shards, in a pool of threads and yields the results in their order."""
+def map_in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, ahead: int = 32
+) -> Iterator[Result]:
+    """Runs a function over images, or shards, in a pool of threads and yields the results in their order.
+
+    Args:
+        function: what is done.
+        items: taken as the work goes on.
+        workers: threads.
+        ahead: items under way or waiting, at most, behind the one whose result is yielded next.
+    """
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            for future in futures:
-                yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
+        yield from _in_order((pool.submit(function, item) for item in items), ahead)
+
+
+def _in_order(submitted: Iterator[Future[Result]], ahead: int) -> Iterator[Result]:
+    """Yields the results of calls that the iterator submits; keeps none, and cancels the rest where it ends early."""
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for future in submitted:
+            waiting.append(future)
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 @contextlib.contextmanager
@@ -78,19 +95,14 @@ def image_workers(
         function = make()
         yield lambda items: map_in_threads(function, items, workers=workers)
         return
-    # Fresh processes: copies of this one would hold its locks.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, initializer=live_and_die_with_the_first)
+    pool = fresh_processes(processes)
     pickled = pickle.dumps(make)
 
     def map_all(items: Sequence[Item]) -> Iterator[Result]:
-        waiting: deque[Future[list[Any]]] = deque()
-        for start in range(0, len(items), _AT_ONCE):
-            waiting.append(pool.submit(_do, pickled, items[start : start + _AT_ONCE]))
-            if len(waiting) == processes * _AHEAD:
-                yield from waiting.popleft().result()
-        for future in waiting:
-            yield from future.result()
+        groups = (items[start : start + _AT_ONCE] for start in range(0, len(items), _AT_ONCE))
+        submitted = (pool.submit(_do, pickled, group) for group in groups)
+        for results in _in_order(submitted, processes * _AHEAD - 1):
+            yield from results
 
     try:
         # The pool starts a process for each call that finds none idle.

@@ -10,9 +10,7 @@ import json
 import os
 import re
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -30,7 +28,7 @@ from catdog.inference import choose_engine, compile_forward
 from catdog.inputs import ImageFile, UnreadableError, find_images, find_unlabelled
 from catdog.model import class_probabilities, load_model, predict_classes, read_info
 from catdog.model_reference import find_model
-from catdog.parallel import processors
+from catdog.parallel import map_in_threads, processors
 from catdog.progress import progress
 from catdog.runtime import prepare_keras
 
@@ -195,7 +193,7 @@ def name_heat_maps(names: Iterable[str], folder: Path) -> list[Path]:
 
 
 def _decode_ahead(files: Iterable[ImageFile], pixels: Callable[[bytes], Pixels]) -> Iterator[Pixels | str]:
-    """Yields each file's pixels, in the order of the files, or the reason why it has none."""
+    """Returns each file's pixels, in the order of the files, or the reason why it has none."""
 
     def decode(file: ImageFile) -> Pixels | str:
         try:
@@ -205,18 +203,7 @@ def _decode_ahead(files: Iterable[ImageFile], pixels: Callable[[bytes], Pixels])
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"
 
-    with ThreadPoolExecutor(processors()) as pool:
-        waiting: deque[Future[Pixels | str]] = deque()
-        try:
-            for file in files:
-                waiting.append(pool.submit(decode, file))
-                if len(waiting) > _AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    return map_in_threads(decode, files, workers=processors(), ahead=_AHEAD)
 
 
 def format_predictions(

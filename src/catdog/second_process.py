@@ -15,21 +15,31 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 def second_process() -> Iterator[Executor]:
     """Starts a process at once, and ends it with the block; what is still waiting for it then is not begun.
 
-    It is a fresh one, since a copy of this one would hold its locks, so functions, arguments and results travel as
-    pickles. It does one thing after the other. What a function raises there, its `result()` raises here.
+    It does one thing after the other.
 
     Yields:
         Its `submit(function, *arguments)` returns a future.
     """
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=live_and_die_with_the_first)
+    pool = fresh_processes(1)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def live_and_die_with_the_first() -> None:
-    """Has this process leave interrupts to the one that started it, and end when that one ends, however it does."""
+def fresh_processes(count: int) -> ProcessPoolExecutor:
+    """Returns a pool of processes that leave interrupts to this one and end when it ends, however it does.
+
+    They are fresh ones, since copies of this one would hold its locks, so functions, arguments and results travel as
+    pickles. What a function raises there, its `result()` raises here.
+
+    Args:
+        count: at most; one starts with each call that finds none idle.
+    """
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_live_and_die_with_the_first)
+
+
+def _live_and_die_with_the_first() -> None:
     # Ctrl-C reaches both, and what ends a group of processes does; the first one tells, and ends this one.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
