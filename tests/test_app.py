@@ -513,7 +513,10 @@ def choose_one(page):
 
 def upload(page, *files):
     payload = [{"name": name, "mimeType": "image/png", "buffer": data} for name, data in files]
-    page.locator('[data-testid="stFileUploader"] input[type="file"]').set_input_files(payload)
+    choosers = page.locator('[data-testid="stFileUploader"] input[type="file"]')
+    # That of the page before stays until the new page is complete.
+    wait_until(lambda: choosers.count() == 1)
+    choosers.set_input_files(payload)
 
 
 def wait_for_answer(page, text):

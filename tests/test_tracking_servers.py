@@ -19,7 +19,7 @@ import requests
 from catdog.config import load_params
 from catdog.errors import CatdogError
 from catdog.files import read_json
-from catdog.tracking import Recorded, StageRun, StoreError, connect, public_address, stage
+from catdog.tracking import Recorded, StageRun, StoreError, connect, dvc_outs, log_data_hash, public_address, stage
 from conftest import STAGES, Project, Store, copy_project, stages_run, wait_until
 
 # Nothing listens there.
@@ -299,6 +299,43 @@ def test_an_experiment_that_another_machine_makes_first_is_taken(monkeypatch, tm
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", find_late)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert connect(tmp_path).get_experiment_by_name("catdog").name == "catdog"
+
+
+def test_data_that_another_pipeline_names_first_is_named_all_the_same(finished, monkeypatch, tmp_path):
+    from mlflow.data.dataset_source_registry import get_dataset_source_from_json
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import DatasetInput
+    from mlflow.store.tracking.dbmodels.models import SqlDataset
+    from sqlalchemy import event
+    from sqlalchemy.orm import Session
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(finished.root)
+    client = connect(tmp_path)
+    experiment = client.get_experiment_by_name("catdog").experiment_id
+    ours, theirs = (client.create_run(experiment).info.run_id for _ in range(2))
+    params = load_params(finished.root / "params.yaml")
+    digest = dvc_outs()["data/raw.zip"]
+    source = get_dataset_source_from_json('{"uri": "data/raw.zip"}', "local")
+    same = DatasetInput(MetaDataset(source, name=params.dataset, digest=digest)._to_mlflow_entity(), [])
+    added = []
+
+    def add_first(session, *_):
+        """The other one adds it between our search, which found none, and our own row."""
+        if not added and any(isinstance(row, SqlDataset) for row in session.new):
+            added.append(theirs)
+            client.log_inputs(theirs, [same])
+
+    event.listen(Session, "before_flush", add_first)
+    try:
+        run = StageRun("split", params, tmp_path, client=client, recorded=Recorded("split", params, ours, ""))
+        log_data_hash(run, Path("data/raw.zip"))
+    finally:
+        event.remove(Session, "before_flush", add_first)
+    assert added == [theirs]
+    for run in (ours, theirs):
+        (named,) = client.get_run(run).inputs.dataset_inputs
+        assert (named.dataset.name, named.dataset.digest) == (params.dataset, digest)
 
 
 # Nothing that answers

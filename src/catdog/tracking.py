@@ -712,6 +712,8 @@ def _log_data_hash(client: MlflowClient, recorded: Recorded, data: Path, run_id:
     from mlflow.data.dataset_source_registry import get_dataset_source_from_json
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import BAD_REQUEST, ErrorCode
 
     out = dvc_outs().get(data.as_posix())
     if out is None:
@@ -720,7 +722,14 @@ def _log_data_hash(client: MlflowClient, recorded: Recorded, data: Path, run_id:
     dataset = MetaDataset(source, name=recorded.params.dataset[-200:], digest=out[:36])
     entity = dataset._to_mlflow_entity()
     inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", recorded.name)])]
-    client.log_inputs(run_id or recorded.run_id, inputs)
+    try:
+        client.log_inputs(run_id or recorded.run_id, inputs)
+    except MlflowException as error:
+        # MLflow looks for the data set and then adds it: it fails where another pipeline adds the same one in between,
+        # and finds that one the next time.
+        if error.error_code != ErrorCode.Name(BAD_REQUEST):
+            raise
+        client.log_inputs(run_id or recorded.run_id, inputs)
 
 
 def _locked_stages(lock: Path) -> dict[str, Any]:
