@@ -152,12 +152,14 @@ def import_libraries() -> None:
 
 
 def _share_compiled() -> None:
-    """Lets forks read from the disk what JAX compiled for another one; a limit of the size makes it take locks."""
+    """Lets forks read from the disk what JAX compiled for another one.
+
+    There are no locks: with a limit of the size JAX takes some, and reads all that it kept to keep one more. A fork
+    that reads what another one still writes cannot unpack it, and compiles by itself.
+    """
     import jax
 
-    folder = tempfile.mkdtemp(prefix="compiled-", dir=os.environ["HOME"])
-    for name, value in (("dir", folder), ("max_size", 1 << 30)):
-        jax.config.update(f"jax_compilation_cache_{name}", value)
+    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="compiled-", dir=os.environ["HOME"]))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
