@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import json
+import multiprocessing.spawn
 import os
 import shutil
 import signal
@@ -69,6 +70,8 @@ LONGEST_FIRST = (
 )
 PATIENCE = 600
 """Seconds that guard against hanging and against nothing else: a slow machine has time enough."""
+SMALL_DISK = ("unshare", "--user", "--map-root-user", "--mount")
+"""Before a command that mounts a disk of its own, which nobody else sees."""
 # Nothing listens there: whoever needs the network fails at once.
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
@@ -121,7 +124,7 @@ class Project:
         """Starts Python where Keras computes with JAX, warm, too; it finds this project's modules and the tests'."""
         programs, variables = warm_programs(self.home, KERAS_BACKEND="jax")
         variables |= {"KERAS_BACKEND": "jax", "PYTHONPATH": MODULES}
-        return self.start(programs / "python", *arguments, **variables, **changes)
+        return self.start(programs / "python", *arguments, **variables | changes)
 
     def run(self, *command, **changes):
         """Runs a command to its end, however that is."""
@@ -532,6 +535,17 @@ def under_jax(workshop, tmp_path):
         return stdout
 
     return run
+
+
+@pytest.fixture
+def warm_processes(workshop, monkeypatch):
+    """Has the processes of a pool that the test starts be forks of the warm one."""
+    folder, variables = warm_programs(workshop.home)
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", os.fsencode(folder / "python"))
+    for name in [name for name in os.environ if name.startswith(warm.COLD)]:  # which libraries wrote into it
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

@@ -15,11 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import warm
-from conftest import NO_NETWORK, Project, copy_project
+from conftest import NO_NETWORK, SMALL_DISK, Project, copy_project
 
 OFFLINE = {**NO_NETWORK, "KERAS_HOME": "no-such-cache"}
-SMALL_DISK = ("unshare", "--user", "--map-root-user", "--mount")
 
 
 def nothing(project):
@@ -198,9 +196,7 @@ def require_small_disk(project):
 def run_on_small_disk(project, folder, size, *command, **environment):
     """Runs a command to which a folder appears as an empty disk of its own."""
     script = f'mkdir -p {folder} && mount -t tmpfs -o size={size} tmpfs {folder} && exec "$@"'
-    # A fork of the warm process would not see the disk.
-    environment |= {"PYTHONPATH": "src", warm.ADDRESS: ""}
-    return project.run(*SMALL_DISK, "bash", "-c", script, "bash", *command, **environment)
+    return project.run(*SMALL_DISK, "bash", "-c", script, "bash", *command, PYTHONPATH="src", **environment)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -569,18 +569,17 @@ class Exports:
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory) -> Exports:
+def exports(workshop, tmp_path_factory) -> Exports:
+    from conftest import MODULES, Project  # which the processes do without
+
     folder = tmp_path_factory.mktemp("tfds")
     (folder / "home").mkdir()
-    environment = os.environ | {
-        "HOME": str(folder / "home"),
-        "TFDS_DATA_DIR": str(folder / "data"),
-        "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
-    }
+    environment = {"HOME": str(folder / "home"), "TFDS_DATA_DIR": str(folder / "data"), "PYTHONPATH": MODULES}
+    project = Project(folder, workshop.home, warm=True)
 
     def run(code: str, **changes: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", f"import test_clients; test_clients.{code}"]
-        done = subprocess.run(command, env=environment | changes, capture_output=True, text=True, check=False)
+        command = ("python", "-c", f"import test_clients; test_clients.{code}")
+        done = project.run(*command, **environment | changes)
         assert done.returncode == 0, done.stderr
         return done
 

@@ -37,6 +37,7 @@ from catdog.records import (
     write_index,
     write_shard,
 )
+from conftest import Project
 from test_gradcam import SIZE, small_model, some_pixels
 
 # Keras' own way of saving variables, under NumPy 2.
@@ -464,7 +465,7 @@ def test_documentation_shows_every_format():
     assert BLOCKS.keys() == {"picture.py", *FORMATS}
 
 
-def test_documented_examples_give_the_models_answer_without_this_project(tmp_path):
+def test_documented_examples_give_the_models_answer_without_this_project(workshop, tmp_path):
     """One after the other in one process, which imports TensorFlow once."""
     save_model(*joined_model(), tmp_path / "model.keras")
     Image.fromarray(some_pixels(1, 64)[0]).save(tmp_path / "cat.jpg", quality=95)
@@ -478,10 +479,7 @@ def test_documented_examples_give_the_models_answer_without_this_project(tmp_pat
         "runpy.run_path(name + '_example.py', run_name='__main__')\n"
         "assert 'catdog' not in sys.modules"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", run_all], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    done = Project(tmp_path, workshop.home, warm=True).run("python", "-c", run_all)
     assert done.returncode == 0, done.stderr
     classifier = Classifier(tmp_path / "model.keras", engine="keras")
     wanted = classifier.probabilities([classifier.pixels((tmp_path / "cat.jpg").read_bytes())[np.newaxis]])

@@ -1,9 +1,6 @@
 """The forward pass: both engines compute the same, in the images' order, whatever the batches."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -15,6 +12,7 @@ from catdog.config import TrainParams
 from catdog.errors import CatdogError
 from catdog.inference import choose_engine, compile_forward
 from catdog.model import assemble, build_head
+from conftest import MODULES, Project
 from test_gradcam import small_model
 
 ENGINES = pytest.mark.parametrize("engine", ["openvino", "keras"])
@@ -195,17 +193,10 @@ assert sys.modules["openvino_telemetry"] is None
 """
 
 
-def test_dropped_and_failing_engines_neither_block_nor_crash_nor_report_their_use(tmp_path):
+def test_dropped_and_failing_engines_neither_block_nor_crash_nor_report_their_use(workshop, monkeypatch, tmp_path):
     """A dropped model ends its threads; an error while reading is raised also with batches under way."""
-    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("CI", None)
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINES_THAT_GO],
-        env=environment,
-        timeout=600,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    monkeypatch.delenv("CI", raising=False)  # where it is set, OpenVINO does not report
+    project = Project(tmp_path, workshop.home, warm=True)
+    done = project.run("python", "-c", ENGINES_THAT_GO, PYTHONPATH=MODULES, HOME=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "dropped\nkeras disk\nopenvino disk\n"), done.stderr[-2000:]
     assert not (tmp_path / "intel").exists()

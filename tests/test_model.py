@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import time
 import types
 import zipfile
@@ -46,6 +43,7 @@ from catdog.records import (
 from catdog.sample import write_sample
 from catdog.tracking import STAGES
 from catdog.weights import load_all
+from conftest import Project
 from stage_scripts import without_mlflow
 
 # Keras' own way of saving variables, under NumPy 2.
@@ -305,7 +303,7 @@ def saved(model, tmp_path_factory):
     return path, time.time()
 
 
-def test_file_works_in_a_process_without_this_project(saved, model, tmp_path):
+def test_file_works_in_a_process_without_this_project(saved, model, workshop, tmp_path):
     vgg = get_backbone("vgg16")  # its preprocessing swaps colours with an operation, not with a layer
     network = build_backbone(vgg, 32)
     other = assemble([network], [vgg], build_head(512, 3, TrainParams(), 1), 32, "avg")
@@ -322,10 +320,7 @@ def test_file_works_in_a_process_without_this_project(saved, model, tmp_path):
         "c = keras.models.load_model('torch.keras', safe_mode=True)\n"
         "np.savez('out.npz', a=a(data['a'], training=False), b=b(data['b'], training=False), c=c(data['b']))\n"
     )
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=kept, capture_output=True, text=True, check=False
-    )
+    done = Project(tmp_path, workshop.home, warm=True).run("python", "-c", code)
     assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "out.npz")
     expected = {"a": eager(model, pictures()), "b": eager(other, pictures(4, 32)), "c": eager(third, pictures(4, 32))}

@@ -25,7 +25,7 @@ from catdog.errors import CatdogError
 from catdog.files import sha256_of
 from catdog.images import ImageError
 from catdog.records import ImageRow, Shard
-from conftest import REPOSITORY, stages_run, wait_until
+from conftest import REPOSITORY, Project, stages_run, wait_until
 from test_tuning import (  # noqa: F401  # four are fixtures
     five_trials,
     hyperband,
@@ -506,14 +506,10 @@ def test_stage_without_an_address_stops_with_a_sentence(make_copy):
 # The search
 
 
-def tune_on(nodes, root, *arguments):  # noqa: F811  # a path here
-    # Without the store that MLflow wrote into this process's environment.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment = kept | {"PYTHONPATH": str(REPOSITORY / "src"), "RAY_ADDRESS": nodes.address}
-    command = [sys.executable, "-m", "catdog.cli", "tune", *arguments]
-    return subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def tune_on(nodes, workshop, root, *arguments):  # noqa: F811  # a path here
+    environment = {"PYTHONPATH": str(REPOSITORY / "src"), "RAY_ADDRESS": nodes.address, "DVC_ROOT": str(root)}
+    command = ("python", "-m", "catdog.cli", "tune", *arguments)
+    return Project(root, workshop.home, warm=True).start(*command, **environment)
 
 
 def stored(root):  # noqa: F811
@@ -539,20 +535,15 @@ def recorded(root):  # noqa: F811
     ]
 
 
-def test_search_on_a_cluster_finds_what_a_local_one_does(hyperband, nodes, tmp_path):  # noqa: F811
+def test_search_on_a_cluster_finds_what_a_local_one_does(hyperband, nodes, workshop, tmp_path):  # noqa: F811
     # Random search, whose trials know nothing of each other, is in the test after this one.
     local, _ = hyperband
     expected, runs = stored(local), recorded(local)
     other = tmp_path / "other"
     shutil.copytree(local, other, ignore=shutil.ignore_patterns(".dvc", "mlflow.db", "mlruns"))
     set_params(other, {"compute": "ray"})
-    environment = pytest.MonkeyPatch()
-    environment.setenv("DVC_ROOT", str(other))
-    try:
-        process = tune_on(nodes, other, "--method", "hyperband", "--trials", "6")
-        stdout, stderr = process.communicate(timeout=600)
-    finally:
-        environment.undo()
+    process = tune_on(nodes, workshop, other, "--method", "hyperband", "--trials", "6")
+    stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert [line for line in stderr.splitlines() if not line.startswith(BUSY)] == []
     assert "the best of 6 trials" in stdout
@@ -563,10 +554,10 @@ def test_search_on_a_cluster_finds_what_a_local_one_does(hyperband, nodes, tmp_p
     assert not list((other / paths.TUNING_SEARCHES).glob("*/weights"))
 
 
-def test_search_that_was_killed_on_a_cluster_goes_on_without_it(root, five_trials, nodes):  # noqa: F811
+def test_search_that_was_killed_on_a_cluster_goes_on_without_it(root, five_trials, nodes, workshop):  # noqa: F811
     _, expected = five_trials
     set_params(root, {"compute": "ray"})
-    process = tune_on(nodes, root, "--method", "random", "--trials", "5")
+    process = tune_on(nodes, workshop, root, "--method", "random", "--trials", "5")
 
     def rows():
         found = list((root / paths.TUNING_SEARCHES).glob("*/search.json"))

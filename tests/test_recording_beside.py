@@ -1,6 +1,5 @@
 """A stage whose second process does the recording: the same runs as without, beside the first one's work."""
 
-import multiprocessing.spawn
 import os
 import signal
 import time
@@ -10,20 +9,16 @@ import pytest
 from catdog.errors import CatdogError
 from catdog.second_process import second_process
 from catdog.tracking import stage
-from conftest import Store, warm_programs
+from conftest import Store
 
 
 @pytest.fixture
-def store(finished, monkeypatch, tmp_path):
+def store(finished, warm_processes, monkeypatch, tmp_path):
     """A store of its own for stages that run in this process, where the finished project is."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.chdir(finished.root)
-    folder, variables = warm_programs(finished.home)
-    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", os.fsencode(folder / "python"))
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
     return Store(uri)
 
 

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -510,7 +509,7 @@ run_promote(Path.cwd(), "better")
 
 def test_promotion_that_is_killed_between_the_tags_is_completed_by_a_second_call(promoted):
     project = promoted
-    killed = project.run(sys.executable, "-c", KILLED, PYTHONPATH=str(REPOSITORY / "src"))
+    killed = project.run("python", "-c", KILLED, PYTHONPATH=str(REPOSITORY / "src"))
     assert killed.returncode == 9, killed.stderr
     assert tags(project) == [f"{NAME}#prod#1", f"{NAME}@v1.0.0", f"{NAME}@v1.0.1"]
     run_promote(project.root, "better")
@@ -611,9 +610,8 @@ def test_of_two_promotions_in_one_repository_one_wins(project, monkeypatch):
     first.start()
     try:
         wait_until(started.is_set)
-        second = project.run(
-            sys.executable, "-m", "catdog.cli", "promote", "better", PYTHONPATH=str(REPOSITORY / "src")
-        )
+        asked = ("-m", "catdog.cli", "promote", "better")
+        second = project.run("python", *asked, PYTHONPATH=str(REPOSITORY / "src"))
     finally:
         told.set()
         first.join()

@@ -28,6 +28,7 @@ from catdog import serving
 from catdog.model import read_info
 from catdog.predict import Classifier
 from catdog.serving import ServedModel, signature_of
+from conftest import Project
 from test_inputs import CAT, DOG, picture
 from test_predict import chance, model_of
 
@@ -71,28 +72,15 @@ def exchange(connection, body, headers=JSON, path="/invocations", method="POST")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(workshop, tmp_path_factory):
     """`mlflow models serve` of a model that `log_served_model` logged."""
     folder = tmp_path_factory.mktemp("served")
     model = model_of(("cat", "dog"), folder / "model.keras", threshold=THRESHOLD)
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))},
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT / "src"),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    logged = subprocess.run(
-        [sys.executable, "-c", LOG, str(model)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    project = Project(folder, workshop.home, warm=True)
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+    logged = project.run("python", "-c", LOG, str(model), PYTHONPATH=str(ROOT / "src"), **store)
     assert logged.returncode == 0, logged.stderr
     model.unlink()  # what is logged must stand on its own, and so must its code
-    del environment["PYTHONPATH"]
     uri = f"runs:/{logged.stdout.split()[-1]}/model"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -100,7 +88,7 @@ def server(tmp_path_factory):
         process = subprocess.Popen(
             ["mlflow", "models", "serve", "--env-manager", "local", "-m", uri, "--host", "127.0.0.1", "-p", str(port)],
             cwd=folder,
-            env=environment,
+            env=project.environment(**store),
             stdout=log,
             stderr=log,
             start_new_session=True,

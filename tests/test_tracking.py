@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -318,6 +319,7 @@ def test_two_pipelines_may_create_the_store_at_once(finished, tmp_path):
     rounds = [tmp_path / str(number) for number in range(3)]
     for root in rounds:
         root.mkdir()
-    started = [finished.start("python", "-c", CONNECT, f"process-{n}", *rounds, PYTHONPATH="src") for n in range(2)]
+    project = replace(finished, warm=True)
+    started = [project.start("python", "-c", CONNECT, f"process-{n}", *rounds, PYTHONPATH="src") for n in range(2)]
     complaints = [process.communicate(timeout=600)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], "".join(complaints)

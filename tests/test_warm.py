@@ -1,12 +1,13 @@
 """Commands in forks of a process that has imported already behave as commands in fresh processes."""
 
+import os
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from conftest import Project, wait_until
+from conftest import SMALL_DISK, Project, wait_until
 
 
 @pytest.fixture
@@ -79,6 +80,37 @@ def test_signals_reach_it_and_its_death_with_the_one_who_waits(project, number, 
     process.communicate()
     assert process.returncode == status
     wait_until(lambda: not Path("/proc", pid).exists())
+
+
+def test_a_group_of_processes_ends_together(project):
+    """As when the group of a server is ended that was started as the head of one."""
+    code = FORKED + (
+        "import subprocess, time\n"
+        "assert warm\n"
+        "child = subprocess.Popen([sys.executable, '-c', \"import os, sys, time; assert 'tensorflow' in sys.modules; "
+        "open('child', 'w').write(str(os.getpid())); time.sleep(600)\"])\n"
+        "time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        ["python", "-c", code], cwd=project.root, env=project.environment(), start_new_session=True
+    )
+    path = project.root / "child"
+    pid = wait_until(lambda: path.exists() and path.read_text())
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == -signal.SIGTERM
+    wait_until(lambda: not Path("/proc", pid).exists())
+
+
+def test_it_sees_the_disks_of_whoever_asked(project):
+    if project.run(*SMALL_DISK, "true").returncode != 0:
+        pytest.skip("this user may not mount a small disk (`unshare --user --mount` fails)")
+    (project.root / "folder").mkdir()
+    (project.root / "folder/file").touch()
+    script = 'mount -t tmpfs tmpfs folder && python -c "$1" && touch folder/other && ls folder'
+    code = f"{FORKED}import os; print(warm, os.getuid(), os.listdir('folder')); open('folder/made', 'w')"
+    done = project.run(*SMALL_DISK, "bash", "-c", script, "bash", code)
+    assert (done.stdout, done.stderr) == ("True 0 []\nmade\nother\n", "")
+    assert [path.name for path in (project.root / "folder").iterdir()] == ["file"]
 
 
 def test_what_libraries_read_while_they_are_imported_is_read_anew(project):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -169,8 +168,7 @@ def test_stage_names_the_worker_with_other_parameters_and_trains_nothing(make_co
         project.set_params({"fine_tune.layers": "last_block", "fine_tune.batch_size": 16 * (number + 1)})
         job = {"JOB_ADDRESSES": f"127.0.0.1:{port}", "NUM_PROCESSES": "2", "PROCESS_ID": str(number)}
         changes = {f"KERAS_DISTRIBUTION_{key}": value for key, value in job.items()}
-        script = (sys.executable, "stages/train.py")
-        started.append(project.start(*script, PYTHONPATH="src", KERAS_BACKEND="jax", **changes))
+        started.append(project.start_under_jax("stages/train.py", PYTHONPATH="src", **changes))
     for process in started:
         output, errors = process.communicate(timeout=600)
         assert process.returncode == 2, (output, errors)

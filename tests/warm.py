@@ -1,15 +1,16 @@
 """Programs of the pipeline in forks of a process that has imported already: no test waits for the same imports again.
 
 Importing TensorFlow, MLflow and DVC takes most of the time of a stage on a hundred small pictures. A folder that comes
-first on PATH has a `python` and a `dvc` of its own. They are small: each hands its command, its environment and its
-open files to one process of the session, which imported libraries, nothing of this project, and no more than imported
-them. A fork of that process runs the command; signals, exit status and death are passed on between the two.
+first on PATH has a `python`, a `dvc` and others of its own. They are small: each hands its command, its environment and
+its open files to one process of the session, which imported libraries, nothing of this project, and no more than
+imported them. A fork of that process runs the command; signals, exit status and death are passed on between the two.
 
 What reads the environment while it is imported starts as it always does: see COLD.
 """
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import marshal
@@ -35,6 +36,9 @@ ADDRESS = "CATDOG_TESTS_WARM"
 COLD = ("KERAS_BACKEND", "KERAS_HOME", "TF_", "JAX_", "OMP_", "OPENBLAS_")
 """Variables that libraries read while they are imported: where one is another, the command runs in a fresh process."""
 
+PROGRAMS = ("dvc", "catdog", "mlflow", "uvicorn")
+"""Programs written in Python that are forks, too."""
+
 # Started for every command, hence with the fewest imports. `{python}` and `{program}` are filled in.
 SHIM = """#!{python} -ISE
 import marshal, os, signal, socket, sys
@@ -49,10 +53,12 @@ if not address or steering != {steering!r} or not (command in ("-c", "-m", *PREF
     os.execv(PROGRAM, [PROGRAM, *arguments])
 try:
     connection = socket.socket(socket.AF_UNIX)
+    spaces = ["/proc/self/ns/user", "/proc/self/ns/mnt"]
+    others = [os.open(path, os.O_RDONLY) for path in spaces if os.readlink(path) not in {spaces!r}]
     files = [number for number in map(int, os.listdir("/proc/self/fd")) if number != connection.fileno()]
     files = [number for number in files if os.path.exists(f"/proc/self/fd/{{number}}")]
     connection.connect(address)
-    message = marshal.dumps((arguments, os.getcwd(), environment, files))
+    message = marshal.dumps((arguments, os.getcwd(), environment, files, os.getpgrp() == os.getpid(), others))
     socket.send_fds(connection, [len(message).to_bytes(8, "big")], files)
     connection.sendall(message)
 except OSError:
@@ -77,8 +83,8 @@ def programs(home: Path, environment: dict[str, str]) -> tuple[Path, dict[str, s
     binaries = Path(sys.executable).parent
     # A socket's path may be no longer than 100 characters, which pytest's folders are.
     short = Path(tempfile.mkdtemp(prefix="catdog-warm-"))
-    for name, prefix in (("python", []), ("dvc", [str(binaries / "dvc")])):
-        shim = folder / name
+    for name in ("python", *PROGRAMS):
+        shim, prefix = folder / name, [str(binaries / name)] if name in PROGRAMS else []
         shim.write_text(
             SHIM.format(
                 python=binaries / "python",
@@ -87,6 +93,7 @@ def programs(home: Path, environment: dict[str, str]) -> tuple[Path, dict[str, s
                 address=ADDRESS,
                 cold=COLD,
                 steering={key: value for key, value in environment.items() if key.startswith(COLD)},
+                spaces=[str(Path("/proc/self/ns", kind).readlink()) for kind in ("user", "mnt")],
             )
         )
         shim.chmod(0o755)
@@ -125,6 +132,17 @@ OF_STAGES = (
     "dvc.scm",
     "dvc.commands.experiments.run",
     "dvc.commands.repro",
+    "dvc.cli.parser",
+    "dvc.repo.experiments.queue.celery",
+    "dvc.utils.hydra",
+    "networkx",
+    "pygit2",
+    "dulwich.porcelain",
+    "alembic.command",
+    "sqlalchemy.dialects.sqlite",
+    "opentelemetry.sdk.metrics",
+    "filelock",
+    "PIL.ImageOps",
     "ruamel.yaml",
     "pydantic",
 )
@@ -174,7 +192,7 @@ class Serving:
         self.listener.listen(64)
         self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
         self.selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self.end)
-        self.children: dict[int, tuple[int, socket.socket]] = {}
+        self.children: dict[int, tuple[int, socket.socket, bool]] = {}
 
     def run(self) -> None:
         while True:
@@ -182,7 +200,7 @@ class Serving:
                 key.data()
 
     def end(self) -> None:
-        for child, _ in self.children.values():
+        for child, *_ in self.children.values():
             os.kill(child, signal.SIGKILL)
         os._exit(0)
 
@@ -192,19 +210,24 @@ class Serving:
         message = bytearray()
         while len(message) < int.from_bytes(head, "big"):
             message += connection.recv(65536)
-        arguments, folder, environment, numbers = marshal.loads(message)
+        arguments, folder, environment, numbers, leads, others = marshal.loads(message)
         child = os.fork()
         if child == 0:
-            self.become(arguments, folder, environment, dict(zip(numbers, files, strict=True)), connection)
+            if leads:  # a group of processes, which ends with it
+                os.setsid()
+            given = dict(zip(numbers, files, strict=True))
+            for number in others:
+                _enter(given.pop(number))
+            self.become(arguments, folder, environment, given, connection)
         for number in files:
             os.close(number)
         handle = os.pidfd_open(child)
-        self.children[handle] = (child, connection)
+        self.children[handle] = (child, connection, leads)
         self.selector.register(handle, selectors.EVENT_READ, lambda: self.ended(handle))
         self.selector.register(connection, selectors.EVENT_READ, lambda: self.told(handle))
 
     def ended(self, handle: int) -> None:
-        child, connection = self.children.pop(handle)
+        child, connection, _ = self.children.pop(handle)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         self.selector.unregister(handle)
         os.close(handle)
@@ -217,7 +240,7 @@ class Serving:
     def told(self, handle: int) -> None:
         if handle not in self.children:  # it ended in the same moment
             return
-        child, connection = self.children[handle]
+        child, connection, leads = self.children[handle]
         try:
             numbers = connection.recv(16)
         except OSError:
@@ -225,7 +248,10 @@ class Serving:
         if not numbers:  # whoever waited for it was killed
             self.selector.unregister(connection)
         for number in numbers or [signal.SIGKILL]:
-            os.kill(child, number)
+            try:
+                (os.killpg if leads else os.kill)(child, number)
+            except ProcessLookupError:  # it is not yet the head of its group
+                os.kill(child, number)
 
     def become(self, arguments, folder, environment, files, connection) -> None:
         """In the fork: runs the command as a fresh process would."""
@@ -252,6 +278,7 @@ class Serving:
             first = "" if command in ("-c", "-m") else str(Path(command).resolve().parent)
             sys.path[:] = [first, *(str(Path(folder, entry)) for entry in given), *self.path]
             multiprocessing.process.ORIGINAL_DIR = folder
+            sys.executable = self.shim
             multiprocessing.spawn.set_executable(self.shim)
             code = 0
             if command == "-c":
@@ -276,6 +303,14 @@ class Serving:
             code = 1
         finally:
             _finish(code or 0)
+
+
+def _enter(space: int) -> None:
+    """Has this process see the disks, and be the user, that whoever asked sees and is."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(space, 0) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
+    os.close(space)
 
 
 def _finish(code) -> None:
