@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import warm
 from conftest import NO_NETWORK, REPOSITORY, copy_project
 
 NOTEBOOK = "examples/notebook.ipynb"
-# In a process of its own, whose HOME and kernel are not the user's. The last cell tells what the notebook found.
+# In a process of its own, whose HOME and kernel are not the user's. The kernel is a fresh one: it chooses how
+# Matplotlib shows pictures before that is imported. The last cell tells what the notebook found.
 EXECUTE = """
-import sys
+import os, sys
+os.environ.pop(sys.argv.pop(1), None)
 import nbformat
 from nbclient import NotebookClient
 
@@ -44,7 +47,7 @@ print(json.dumps({
 def execute(project, folder, last_cell, *cells):
     """Runs the notebook, or its first cells, with one more at its end, as if opened in a folder of the project."""
     process = project.start(
-        *("python", "-c", EXECUTE, folder, *cells),
+        *("python", "-c", EXECUTE, warm.ADDRESS, folder, *cells),
         PYTHONPATH=str(project.root / "src"),
         **NO_NETWORK,
         stdin=-1,
