@@ -104,7 +104,7 @@ class Project:
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         if self.warm:
-            folder, variables = warm_programs(self.home)
+            folder, variables = warm_programs()
             kept |= {"PATH": f"{folder}{os.pathsep}{kept['PATH']}"} | variables
         return kept | changes
 
@@ -122,7 +122,7 @@ class Project:
 
     def start_under_jax(self, *arguments, **changes):
         """Starts Python where Keras computes with JAX, warm, too; it finds this project's modules and the tests'."""
-        programs, variables = warm_programs(self.home, KERAS_BACKEND="jax")
+        programs, variables = warm_programs(KERAS_BACKEND="jax")
         variables |= {"KERAS_BACKEND": "jax", "PYTHONPATH": MODULES}
         return self.start(programs / "python", *arguments, **variables | changes)
 
@@ -191,15 +191,16 @@ class Project:
 WARM_STARTS = threading.Lock()  # the workshop's threads come at once
 
 
-def warm_programs(home, **changes):
-    """See `warm`; one process for all projects of a home, and one more for each change of the environment."""
+def warm_programs(**changes):
+    """See `warm`; one process for all projects, and one more for each change of the environment."""
     with WARM_STARTS:
-        return _warm_programs(home, tuple(changes.items()))
+        return _warm_programs(tuple(changes.items()))
 
 
 @functools.cache
-def _warm_programs(home, changes):
-    return warm.programs(home, Project(home, home).environment(**dict(changes)))
+def _warm_programs(changes):
+    nowhere = Path("/nonexistent")  # commands have a home of their own
+    return warm.programs(Project(nowhere, nowhere).environment(**dict(changes)))
 
 
 class Store:
@@ -538,9 +539,9 @@ def under_jax(workshop, tmp_path):
 
 
 @pytest.fixture
-def warm_processes(workshop, monkeypatch):
+def warm_processes(monkeypatch):
     """Has the processes of a pool that the test starts be forks of the warm one."""
-    folder, variables = warm_programs(workshop.home)
+    folder, variables = warm_programs()
     monkeypatch.setattr(multiprocessing.spawn, "_python_exe", os.fsencode(folder / "python"))
     for name in [name for name in os.environ if name.startswith(warm.COLD)]:  # which libraries wrote into it
         monkeypatch.delenv(name)

@@ -6,7 +6,6 @@ import hashlib
 import http.client
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -34,7 +33,7 @@ from catdog.inputs import ImageFile, find_images
 from catdog.model import ModelInfo, assemble, build_head, save_model
 from catdog.predict import Classifier
 from catdog.predict import classify as predict_all
-from conftest import wait_until
+from conftest import Project, wait_until
 
 # Keras' own way of saving variables, under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -442,11 +441,11 @@ def address(model, tmp_path_factory):
     examples = fill(root / "examples", {"1.png": picture(BLUE), "2.png": picture(RED)})
     port = free_port()
     options = ["--model", model, "--port", port, "--folder", folder, "--examples", examples]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "STREAMLIT_"))}
+    environment = Project(root, root / "home", warm=True).environment(PYTHONPATH=str(Path(cli.__file__).parents[1]))
     process = subprocess.Popen(
-        [sys.executable, "-m", "catdog.cli", "app", *map(str, options)],
+        ["python", "-m", "catdog.cli", "app", *map(str, options)],
         cwd=root,
-        env=environment | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "HOME": str(root / "home")},
+        env={name: value for name, value in environment.items() if not name.startswith("STREAMLIT_")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -377,7 +376,7 @@ RIGHT = {10: where(60, 0, 1, 2, 3), 20: where(60), 30: where(60, 5)}
 def original(tmp_path_factory):
     """A repository with two commits of ten and thirty epochs, and between them an experiment `longer` of twenty."""
     folder = tmp_path_factory.mktemp("comparison")
-    project = Project(folder / "project", folder / "home")
+    project = Project(folder / "project", folder / "home", warm=True)
     project.home.mkdir()
     (project.home / ".gitconfig").write_text("[user]\n\tname = Test\n\temail = test@example.org\n")
     (project.root / "made").mkdir(parents=True)
@@ -406,7 +405,7 @@ def original(tmp_path_factory):
 def project(original, tmp_path, monkeypatch):
     """A copy of it to change at will, in the environment that its commands have."""
     shutil.copytree(original.root, tmp_path / "project", symlinks=True)
-    project = Project(tmp_path / "project", original.home)
+    project = Project(tmp_path / "project", original.home, warm=True)
     kept = project.environment()
     for name in set(os.environ) - set(kept):
         monkeypatch.delenv(name)
@@ -437,9 +436,7 @@ def test_revisions_experiments_and_the_workspace_are_read(project):
 
 def test_the_command_prints_and_writes(project):
     def catdog(*arguments):
-        return project.run(
-            sys.executable, "-m", "catdog.cli", "compare", *arguments, PYTHONPATH=str(REPOSITORY / "src")
-        )
+        return project.run("python", "-m", "catdog.cli", "compare", *arguments, PYTHONPATH=str(REPOSITORY / "src"))
 
     done = catdog("first", "longer", "HEAD")
     assert (done.returncode, done.stderr) == (0, "")

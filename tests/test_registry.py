@@ -631,7 +631,7 @@ def add_remote(project, address):
 
 def without_cache(project, source, tmp_path) -> Project:
     """A fresh clone, of a folder or a bare repository: no cache, no files under DVC."""
-    other = Project(tmp_path / "fresh", project.home)
+    other = Project(tmp_path / "fresh", project.home, warm=True)
     project.git("clone", "--quiet", str(source), str(other.root))
     return other
 

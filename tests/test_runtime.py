@@ -221,8 +221,8 @@ def test_two_devices_share_the_work_with_tensorflow():
 
 
 @needs_jax
-def test_two_devices_share_the_work_with_jax():
-    run_python(SEVERAL, KERAS_BACKEND="jax", **tiny.pretended_devices(2))
+def test_two_devices_share_the_work_with_jax(under_jax):
+    under_jax(SEVERAL, **tiny.pretended_devices(2))
 
 
 START = """

@@ -96,7 +96,7 @@ def build(root, home) -> Project:
     home.mkdir(parents=True, exist_ok=True)
     (home / ".gitconfig").write_text("[user]\n\tname = Ann\n\temail = ann@example.org\n")
     root.mkdir()
-    project = Project(root, home)
+    project = Project(root, home, warm=True)
     shutil.copy(REPOSITORY / "params.yaml", root)
     (root / "work.py").write_text(WORK)
     (root / "dvc.yaml").write_text(PIPELINE)

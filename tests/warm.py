@@ -36,7 +36,7 @@ ADDRESS = "CATDOG_TESTS_WARM"
 COLD = ("KERAS_BACKEND", "KERAS_HOME", "TF_", "JAX_", "OMP_", "OPENBLAS_")
 """Variables that libraries read while they are imported: where one is another, the command runs in a fresh process."""
 
-PROGRAMS = ("dvc", "catdog", "mlflow", "uvicorn")
+PROGRAMS = ("dvc", "gto", "catdog", "mlflow", "uvicorn")
 """Programs written in Python that are forks, too."""
 
 # Started for every command, hence with the fewest imports. `{python}` and `{program}` are filled in.
@@ -76,13 +76,11 @@ os._exit(status)
 """
 
 
-def programs(home: Path, environment: dict[str, str]) -> tuple[Path, dict[str, str]]:
+def programs(environment: dict[str, str]) -> tuple[Path, dict[str, str]]:
     """Starts the process, which ends with this one; returns the folder for PATH and the variable for its programs."""
-    home.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="warm-", dir=home))
-    binaries = Path(sys.executable).parent
     # A socket's path may be no longer than 100 characters, which pytest's folders are.
-    short = Path(tempfile.mkdtemp(prefix="catdog-warm-"))
+    folder = Path(tempfile.mkdtemp(prefix="catdog-warm-"))
+    binaries = Path(sys.executable).parent
     for name in ("python", *PROGRAMS):
         shim, prefix = folder / name, [str(binaries / name)] if name in PROGRAMS else []
         shim.write_text(
@@ -97,11 +95,11 @@ def programs(home: Path, environment: dict[str, str]) -> tuple[Path, dict[str, s
             )
         )
         shim.chmod(0o755)
-    address = str(short / "socket")
+    address = str(folder / "socket")
     with (folder / "log").open("w") as log:  # of native code's notices
         process = subprocess.Popen(
             [sys.executable, __file__, address, str(folder / "python")],
-            env=environment,
+            env=environment | {"HOME": str(folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -110,7 +108,7 @@ def programs(home: Path, environment: dict[str, str]) -> tuple[Path, dict[str, s
     def end() -> None:
         process.stdin.close()
         process.wait()
-        shutil.rmtree(short)
+        shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(end)
     if process.stdout.readline() != b"ready\n":
@@ -136,7 +134,6 @@ OF_STAGES = (
     "dvc.repo.experiments.queue.celery",
     "dvc.utils.hydra",
     "networkx",
-    "pygit2",
     "dulwich.porcelain",
     "alembic.command",
     "sqlalchemy.dialects.sqlite",
@@ -151,7 +148,10 @@ UNDER_JAX = ("jax", "keras", "tensorflow", "cv2", "pandas", "pydantic")
 
 
 def import_libraries() -> None:
-    """Imports what the stages and DVC import, and computes nothing: once it has, TensorFlow does not survive a fork."""
+    """Imports what the stages and DVC import, and computes nothing: once it has, TensorFlow does not survive a fork.
+
+    Not pygit2: when it is imported it looks for git's settings below HOME, which commands have each their own.
+    """
     gc.disable()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     hidden = dict.fromkeys(("sklearn", "matplotlib", "IPython", "jax"))  # as in catdog.runtime
