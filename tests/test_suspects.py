@@ -347,6 +347,7 @@ def test_exclusions_match_by_content_else_by_path():
     assert merged["reason"][1] == "labelled cat, looks like dog (0.988)"
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_flipped_labels_of_drawn_animals_are_found(tmp_path):
     """The real thing in small: pictures, ImageNet features, wrong labels."""
     count, size = 240, 128

@@ -760,7 +760,6 @@ def pictures(root):
     (root / paths.PREPROCESS_REPORT).write_text(json.dumps(report))
     (folder / "test-00000-of-00001.tfrecord").unlink()
     set_params(root, {"backbone": "resnet50", "weights": "random", "preprocess.image_size": 32, "augment.views": 1})
-    set_params(root, {"embed.engine": "keras"})  # OpenVINO would convert four networks, which takes seconds
     return root
 
 

@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from catdog.errors import CatdogError
-from catdog.second_process import fresh_processes
+from catdog.second_process import FreshProcesses
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -95,7 +95,7 @@ def image_workers(
         function = make()
         yield lambda items: map_in_threads(function, items, workers=workers)
         return
-    pool = fresh_processes(processes)
+    pool = FreshProcesses(processes)
     pickled = pickle.dumps(make)
 
     def map_all(items: Sequence[Item]) -> Iterator[Result]:

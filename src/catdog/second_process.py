@@ -9,45 +9,55 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing.connection import Connection
 
 
 @contextlib.contextmanager
 def second_process() -> Iterator[Executor]:
-    """Starts a process at once, and ends it with the block; what is still waiting for it then is not begun.
+    """Starts a process at once, and ends it with the block; an error in the block ends it whatever it is at.
 
-    It does one thing after the other.
+    It does one thing after the other. The block should wait for all of them: what is waiting at its end may be left.
 
     Yields:
         Its `submit(function, *arguments)` returns a future.
     """
-    pool = fresh_processes(1)
+    pool = FreshProcesses(1)
     try:
         yield pool
+    except BaseException:
+        # To cancel what is waiting is not enough: of that the pool has handed on the next two things already.
+        pool.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def fresh_processes(count: int) -> ProcessPoolExecutor:
-    """Returns a pool of processes that leave interrupts to this one and end when it ends, however it does.
+class FreshProcesses(ProcessPoolExecutor):
+    """A pool of processes that leave interrupts to this one and end when it ends, however it does.
 
     They are fresh ones, since copies of this one would hold its locks, so functions, arguments and results travel as
     pickles. What a function raises there, its `result()` raises here.
-
-    Args:
-        count: at most; one starts with each call that finds none idle.
     """
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_live_and_die_with_the_first)
+
+    def __init__(self, count: int) -> None:
+        """Takes how many there are at most; one starts with each call that finds none idle."""
+        context = multiprocessing.get_context("spawn")
+        # Nothing is ever sent: it ends where this process closes its side or is no more.
+        there, self._here = context.Pipe(duplex=False)
+        super().__init__(count, context, initializer=_live_and_die_with_the_first, initargs=(there,))
+
+    def kill(self) -> None:
+        """Ends all processes, whatever they are at."""
+        self._here.close()
 
 
-def _live_and_die_with_the_first() -> None:
+def _live_and_die_with_the_first(first: Connection) -> None:
     # Ctrl-C reaches both, and what ends a group of processes does; the first one tells, and ends this one.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    first = multiprocessing.parent_process()
-    assert first is not None
 
     def watch() -> None:
-        first.join()
-        os._exit(1)  # it was killed, and nobody reads what is made here
+        first.poll(None)
+        os._exit(1)  # nobody reads what is made here
 
     threading.Thread(target=watch, daemon=True).start()
