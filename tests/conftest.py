@@ -203,6 +203,12 @@ def _warm_programs(changes):
     return warm.programs(Project(nowhere, nowhere).environment(**dict(changes)))
 
 
+def require_small_disk(project):
+    """Skips the test where SMALL_DISK is not allowed."""
+    if project.run(*SMALL_DISK, "true").returncode != 0:
+        pytest.skip("this user may not mount a small disk (`unshare --user --mount` fails)")
+
+
 class Store:
     """What the pipeline wrote into an MLflow tracking store."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import NO_NETWORK, SMALL_DISK, Project, copy_project
+from conftest import NO_NETWORK, SMALL_DISK, Project, copy_project, require_small_disk
 
 OFFLINE = {**NO_NETWORK, "KERAS_HOME": "no-such-cache"}
 
@@ -186,11 +186,6 @@ def outcome(name, workshop, finished, tmp_path):
     else:
         done = project.run("python", script, PYTHONPATH="src", **case.environment)
     return project, done, time.monotonic() - started
-
-
-def require_small_disk(project):
-    if project.run(*SMALL_DISK, "true").returncode != 0:
-        pytest.skip("this user may not mount a small disk (`unshare --user --mount` fails)")
 
 
 def run_on_small_disk(project, folder, size, *command, **environment):

@@ -23,7 +23,6 @@ from catdog.clients import _folder_name, export_tfds, fetch_drive, fetch_kaggle
 from catdog.errors import CatdogError
 from internet import Internet, Response, redirect, send
 
-TESTS = Path(__file__).parent
 HTML = {"Content-Type": "text/html; charset=utf-8"}
 
 

@@ -165,9 +165,10 @@ def test_results_come_in_order_and_few_items_are_under_way(compute, tmp_path):
     "error",
     [
         ImageError("this shows no picture"),
+        CatdogError("one sentence"),
         OSError(errno.ENOSPC, "No space left on device", "data/shard"),
     ],
-    ids=["image", "disk full"],
+    ids=["image", "sentence", "disk full"],
 )
 def test_what_a_worker_raises_is_raised_here_and_not_tried_again(compute, tmp_path, error):
     wait = both_up(tmp_path)

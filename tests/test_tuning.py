@@ -458,12 +458,12 @@ def test_trials_that_run_at_once_are_those_that_would_run_one_by_one(method, cou
     plan = plan_search(tuned, 0)
     one_by_one = build_oracle(tuned, plan)
     expected, _ = ask_in_waves(one_by_one, count, 1)
-    for most in (4,) if method == "bayesian" else (4, 100):
+    for most in (4, 100):
         waves = build_oracle(tuned, plan)
         values, sizes = ask_in_waves(waves, count, most)
         assert values == expected
         assert comparable(waves) == comparable(one_by_one)
-        assert max(sizes) == min(most, {"random": 30, "hyperband": 9, "bayesian": 4}[method])
+        assert max(sizes) == min(most, {"random": 30, "hyperband": 9, "bayesian": 15}[method])
     if method == "random":
         assert expected == ask(build_oracle(tuned, plan), count)
     if method == "bayesian":

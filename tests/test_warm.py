@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL_DISK, Project, wait_until
+from conftest import SMALL_DISK, Project, require_small_disk, wait_until
 
 
 @pytest.fixture
@@ -102,8 +102,7 @@ def test_a_group_of_processes_ends_together(project):
 
 
 def test_it_sees_the_disks_of_whoever_asked(project):
-    if project.run(*SMALL_DISK, "true").returncode != 0:
-        pytest.skip("this user may not mount a small disk (`unshare --user --mount` fails)")
+    require_small_disk(project)
     (project.root / "folder").mkdir()
     (project.root / "folder/file").touch()
     script = 'mount -t tmpfs tmpfs folder && python -c "$1" && touch folder/other && ls folder'

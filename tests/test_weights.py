@@ -200,10 +200,15 @@ def test_hdf5_files_without_usable_weights_are_refused(tmp_path, suffix, damage)
 PAIR = (BACKBONES["mobilenetv2"], VGG16)
 
 
+def load_into(networks, weights, root=Path("/nonexistent")):
+    """Loads the networks of PAIR; returns the sources."""
+    return load_all(networks, PAIR, weights, pretrained_dir=PRETRAINED, root=root)
+
+
 def load_pair(weights, root=Path("/nonexistent")):
     """Builds the networks of PAIR and loads them; returns them and the sources."""
     networks = [build_backbone(backbone, 32) for backbone in PAIR]
-    return networks, load_all(networks, PAIR, weights, pretrained_dir=PRETRAINED, root=root)
+    return networks, load_into(networks, weights, root)
 
 
 def test_one_word_is_for_all():
@@ -213,8 +218,7 @@ def test_one_word_is_for_all():
         alone = built(backbone.name)
         load(alone, backbone, "imagenet", pretrained=PRETRAINED)
         assert np.array_equal(values(network), values(alone))
-    sources = load_all(networks, PAIR, "random", pretrained_dir=PRETRAINED, root=PRETRAINED)
-    assert [source.kind for source in sources] == ["random", "random"]
+    assert [source.kind for source in load_into(networks, "random")] == ["random", "random"]
 
 
 def test_one_source_each_in_their_order(tmp_path):
@@ -226,7 +230,7 @@ def test_one_source_each_in_their_order(tmp_path):
     assert [source.kind for source in sources] == ["pretrained", "file"]
     assert np.array_equal(values(networks[1]), values(saved))
     with pytest.raises(CatdogError, match="does not hold weights for 'mobilenetv2'"):
-        load_all(networks, PAIR, "mine.weights.h5+imagenet", pretrained_dir=PRETRAINED, root=tmp_path)
+        load_into(networks, "mine.weights.h5+imagenet", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +248,7 @@ def test_weights_that_do_not_fit_several_networks_are_refused_early_and_late(tmp
         check_weights_available(PAIR, weights, pretrained_dir=PRETRAINED, root=tmp_path)
     networks = [built(backbone.name) for backbone in PAIR]
     with pytest.raises(CatdogError, match=message):
-        load_all(networks, PAIR, weights, pretrained_dir=PRETRAINED, root=tmp_path)
+        load_into(networks, weights, tmp_path)
 
 
 def test_path_of_a_single_network_may_hold_a_plus(tmp_path):

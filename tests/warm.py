@@ -39,6 +39,9 @@ COLD = ("KERAS_BACKEND", "KERAS_HOME", "TF_", "JAX_", "OMP_", "OPENBLAS_")
 PROGRAMS = ("dvc", "gto", "catdog", "mlflow", "uvicorn")
 """Programs written in Python that are forks, too."""
 
+NAMESPACES = ("/proc/self/ns/user", "/proc/self/ns/mnt")
+"""What a fork enters where the command was started in another: as which user, then with which disks."""
+
 # Started for every command, hence with the fewest imports. `{python}` and `{program}` are filled in.
 SHIM = """#!{python} -ISE
 import marshal, os, signal, socket, sys
@@ -53,8 +56,7 @@ if not address or steering != {steering!r} or not (command in ("-c", "-m", *PREF
     os.execv(PROGRAM, [PROGRAM, *arguments])
 try:
     connection = socket.socket(socket.AF_UNIX)
-    spaces = ["/proc/self/ns/user", "/proc/self/ns/mnt"]
-    others = [os.open(path, os.O_RDONLY) for path in spaces if os.readlink(path) not in {spaces!r}]
+    others = [os.open(path, os.O_RDONLY) for path, name in {spaces!r} if os.readlink(path) != name]
     files = [number for number in map(int, os.listdir("/proc/self/fd")) if number != connection.fileno()]
     files = [number for number in files if os.path.exists(f"/proc/self/fd/{{number}}")]
     connection.connect(address)
@@ -91,7 +93,7 @@ def programs(environment: dict[str, str]) -> tuple[Path, dict[str, str]]:
                 address=ADDRESS,
                 cold=COLD,
                 steering={key: value for key, value in environment.items() if key.startswith(COLD)},
-                spaces=[str(Path("/proc/self/ns", kind).readlink()) for kind in ("user", "mnt")],
+                spaces=[(path, str(Path(path).readlink())) for path in NAMESPACES],
             )
         )
         shim.chmod(0o755)
@@ -213,12 +215,9 @@ class Serving:
         arguments, folder, environment, numbers, leads, others = marshal.loads(message)
         child = os.fork()
         if child == 0:
-            if leads:  # a group of processes, which ends with it
-                os.setsid()
             given = dict(zip(numbers, files, strict=True))
-            for number in others:
-                _enter(given.pop(number))
-            self.become(arguments, folder, environment, given, connection)
+            spaces = [given.pop(number) for number in others]
+            self.become(arguments, folder, environment, given, connection, leads, spaces)
         for number in files:
             os.close(number)
         handle = os.pidfd_open(child)
@@ -253,10 +252,13 @@ class Serving:
             except ProcessLookupError:  # it is not yet the head of its group
                 os.kill(child, number)
 
-    def become(self, arguments, folder, environment, files, connection) -> None:
+    def become(self, arguments, folder, environment, files, connection, leads, spaces) -> None:
         """In the fork: runs the command as a fresh process would."""
         code: object = 1
         try:
+            if leads:  # a group of processes, which ends with it
+                os.setsid()
+            _enter(spaces)
             self.selector.close()
             for one in (self.listener, connection, *(pair[1] for pair in self.children.values())):
                 one.close()
@@ -305,12 +307,13 @@ class Serving:
             _finish(code or 0)
 
 
-def _enter(space: int) -> None:
+def _enter(spaces: list[int]) -> None:
     """Has this process see the disks, and be the user, that whoever asked sees and is."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(space, 0) != 0:
-        raise OSError(ctypes.get_errno(), "setns")
-    os.close(space)
+    for space in spaces:
+        if libc.setns(space, 0) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(space)
 
 
 def _finish(code) -> None:
