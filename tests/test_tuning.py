@@ -279,19 +279,28 @@ def test_gathered_features_train_the_very_same_head(views, changes):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_longer_training_goes_on_with_the_shorter_one(tmp_path):
-    """What Hyperband does with a good trial."""
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.5}, {"optimizer": "momentum"}], ids=["adam", "average", "momentum"])
+def test_longer_training_goes_on_with_the_shorter_one(tmp_path, changes):
+    """What Hyperband does with a good trial, though its last epoch was not its best."""
     data = gather(draw(61, 1), draw(45, 2))
     prepare_keras(3)
 
-    def history(epochs, checkpoints):
-        params = TrainParams(epochs=epochs, hidden_units=(5,), batch_size=16)
-        return fit_gathered(build_head(WIDTH, 2, params, 3), data, params, seed=4, checkpoints=checkpoints)
+    def fitted(epochs, checkpoints):
+        params = TrainParams(
+            epochs=epochs, hidden_units=(5,), dropout=0.2, batch_size=16, learning_rate=0.3, **changes
+        )
+        head = build_head(WIDTH, 2, params, 3)
+        return fit_gathered(head, data, params, seed=4, checkpoints=checkpoints), head.get_weights()
 
     kept = Checkpoints(tmp_path / "weights")
-    short = history(2, kept)
-    pd.testing.assert_frame_equal(history(5, kept), history(5, Checkpoints(None)))
-    assert len(short) == 2
+    short, _ = fitted(4, kept)
+    assert best_epoch(short)["epoch"] < len(short) == 4
+    for epochs in (9, 9):  # the second time nothing is left to do
+        history, weights = fitted(epochs, kept)
+        expected, expected_weights = fitted(epochs, Checkpoints(None))
+        pd.testing.assert_frame_equal(history, expected)
+        for found, wanted in zip(weights, expected_weights, strict=True):
+            np.testing.assert_array_equal(found, wanted)
 
 
 def test_features_that_do_not_fit_into_memory_give_the_same_trials(root, five_trials, monkeypatch):

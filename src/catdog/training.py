@@ -205,8 +205,7 @@ def fit(
             shuffle=False,  # the batches come shuffled, from the seed; Keras would draw from global state
             verbose=0,
         )
-        assign(model.trainable_variables, state.best_weights)
-        checkpoints.save(plan.phase, _snapshot(model, state))
+    assign(model.trainable_variables, state.best_weights)
     table = pd.DataFrame(state.rows, columns=list(_COLUMNS))
     table.insert(0, "epoch", range(1, len(table) + 1))
     images = (len(state.rows) - first) * plan.images
@@ -301,9 +300,10 @@ def _bookkeeper(state: FitState, plan: FitPlan, checkpoints: Checkpoints) -> Any
                 state.best_weights = values_of(self.model.trainable_variables)
             _swap_averages(self.model)
             self.bar.set_postfix(epoch=epoch + 1, loss=f"{row['train_loss']:.4f}", val_loss=f"{row['val_loss']:.4f}")
-            if state.finished(plan):
-                self.model.stop_training = True
-            elif checkpoints.due():
+            # The last state is kept here, before the best weights, or Keras' averages, take its place in the model: a
+            # training of more epochs goes on with it.
+            self.model.stop_training = state.finished(plan)
+            if self.model.stop_training or checkpoints.due():
                 checkpoints.save(plan.phase, _snapshot(self.model, state))
 
         def on_train_end(self, logs: Any = None) -> None:
