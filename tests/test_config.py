@@ -201,6 +201,37 @@ def test_impossible_value_is_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        *(
+            (
+                "fine_tune.layers",
+                value,
+                "must be none, a number of layers from the top, the name of the first layer, last_block, or all",
+            )
+            for value in (0, -3, True, 2.0, "", None)
+        ),
+        ("split.train", float("inf"), "must be rest, a fraction below 1, or a whole number of images"),
+        ("train.warmup", 101, "must be at least the warmup of 101 epochs"),
+        ("fine_tune.warmup", 11, "must be at least the warmup of 11 epochs"),
+    ],
+)
+def test_what_is_allowed_is_told_once(name, value, told):
+    values = changed(name, value)
+    if name.endswith("warmup"):
+        name = name.replace("warmup", "epochs")
+        value = values[name.partition(".")[0]]["epochs"]
+    assert message(values) == f"params.yaml: {name} = {value!r}: {told}"
+
+
+def test_warmup_is_compared_with_epochs_that_are_not_given():
+    values = changed("train.warmup", 101)
+    del values["train"]["epochs"]
+    assert message(values) == "params.yaml: train.epochs = 100: must be at least the warmup of 101 epochs"
+    assert validate_params(changed("train.warmup", 100)).train.warmup == 100
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("split.val", 40),

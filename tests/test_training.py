@@ -257,7 +257,7 @@ def test_schedule_is_followed():
 
 def test_warmup_longer_than_the_training_is_told():
     with pytest.raises(CatdogError, match="warm-up of 7 epochs does not fit into 6"):
-        trained(blobs(20), blobs(20), params(warmup=7))
+        trained(blobs(20), blobs(20), params().model_copy(update={"warmup": 7}))
 
 
 def one_step(data, **changes):

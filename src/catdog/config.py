@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,7 +49,7 @@ Share = Annotated[int | float, Field(gt=0)]
 
 def _share_or_rest(value: object) -> object:
     """Refuses everything else itself: pydantic would tell it once for each type of the union."""
-    if value != "rest" and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+    if value != "rest" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
         raise ValueError("must be rest, a fraction below 1, or a whole number of images")
     return value
 
@@ -100,6 +101,13 @@ class EmbedParams(_Block):
     batch_size: int = Field(8, ge=1, le=4096)
 
 
+def _no_shorter_than_the_warmup(epochs: int, info: ValidationInfo) -> int:
+    warmup = info.data.get("warmup", 0)
+    if warmup > epochs:
+        raise ValueError(f"must be at least the warmup of {warmup} epochs")
+    return epochs
+
+
 class TrainParams(_Block):
     """The head and how it is fitted."""
 
@@ -119,8 +127,10 @@ class TrainParams(_Block):
     clip_norm: float = Field(0.0, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)
     batch_size: int = Field(64, ge=1, le=65_536)
-    epochs: int = Field(100, ge=1, le=100_000)
+    epochs: int = Field(100, ge=1, le=100_000, validate_default=True)
     patience: int = Field(10, ge=1)
+
+    _warms_up_in_time = field_validator("epochs")(_no_shorter_than_the_warmup)
 
 
 class AugmentParams(_Block):
@@ -139,17 +149,27 @@ class AugmentParams(_Block):
     magnitude: float = Field(0.3, ge=0, le=1)
 
 
+def _check_layers(value: object) -> int | str:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise ValueError("must be none, a number of layers from the top, the name of the first layer, last_block, or all")
+
+
 class FineTuneParams(_Block):
     """How the top of the backbone is trained after the head."""
 
-    layers: Annotated[int, Field(ge=1)] | str = "none"
+    layers: Annotated[int | str, PlainValidator(_check_layers)] = "none"
     learning_rate: float = Field(0.00001, gt=0, le=10)
     warmup: int = Field(1, ge=0)
     batch_size: int = Field(32, ge=1, le=65_536)
-    epochs: int = Field(10, ge=1, le=100_000)
+    epochs: int = Field(10, ge=1, le=100_000, validate_default=True)
     patience: int = Field(3, ge=1)
     cutmix: float = Field(0.0, ge=0)
     augment: bool = True
+
+    _warms_up_in_time = field_validator("epochs")(_no_shorter_than_the_warmup)
 
 
 class RuntimeParams(_Block):
