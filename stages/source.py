@@ -1,4 +1,4 @@
-"""Looks whether the data set, or a list of images, changed since the last run, so that DVC fetches it again.
+"""Looks whether the data set, a list of images or a file of weights changed since the last run, so that DVC uses it.
 
 This stage runs at every `dvc repro`, so it is quick, and it judges nothing: a missing or wrong value is for the
 stage that needs it.
@@ -8,7 +8,7 @@ import yaml
 
 from catdog import paths
 from catdog.files import read_json, write_json
-from catdog.fingerprint import curation_fingerprint, fingerprint
+from catdog.fingerprint import curation_fingerprint, fingerprint, weights_fingerprint
 
 
 def main() -> None:
@@ -20,6 +20,8 @@ def main() -> None:
     write_json(paths.SOURCE_REPORT, fingerprint(str(tree.get("dataset")), root, former))
     curation = curation_fingerprint(str(split.get("file") or ""), str(split.get("exclude") or ""), root)
     write_json(paths.CURATION_REPORT, curation)
+    weights = weights_fingerprint(str(tree.get("weights")), str(tree.get("backbone")), root)
+    write_json(paths.WEIGHTS_REPORT, weights)
 
 
 if __name__ == "__main__":

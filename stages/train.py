@@ -34,8 +34,8 @@ from catdog.records import RecordReader, shard_paths, verify_shards
 from catdog.runtime import device_facts, distribution, full_precision, jit_compile, prepare_keras_for
 from catdog.second_process import second_process
 from catdog.tracking import StageRun, dvc_outs, log_data_hash, stage
-from catdog.training import apply_head, best_epoch, join_histories
-from catdog.weights import load_all
+from catdog.training import apply_head, join_histories, kept_epoch
+from catdog.weights import check_same_weights, load_all
 from catdog.workers import Job, JobCheckpoints, leave, read_job, taking_part, weights_from_first
 
 if TYPE_CHECKING:
@@ -80,7 +80,10 @@ def main() -> None:
             with full_precision():
                 # First of all that draws random numbers, as in embed: so `weights: random` is the same network in both.
                 networks = [build_backbone(backbone, info.image_size) for backbone in backbones]
-                load_all(networks, backbones, info.weights, pretrained_dir=paths.PRETRAINED, root=run.root)
+                check_same_weights(
+                    load_all(networks, backbones, info.weights, pretrained_dir=paths.PRETRAINED, root=run.root),
+                    embedded["weights_sha256"],
+                )
                 head = build_head(train.size, len(info.class_names), params, seed)
                 started = time.monotonic()
                 gathered = gather(train, val, limit=IN_MEMORY_BYTES)
@@ -93,7 +96,7 @@ def main() -> None:
             history = join_histories(head_history, tuned.history if tuned else None)
             write_text(paths.HISTORY, history.round(6).to_csv(index=False))
             run.log_curves(history.round(6))
-            best = best_epoch(history if tuned and tuned.improved else history.head(len(head_history)))
+            best = kept_epoch(history, fine_tuned=bool(tuned and tuned.improved))
             drawn = second.submit(plot_learning_curves, history, int(best["epoch"]), paths.LEARNING_CURVES)
 
             logits = _validation_logits(run, model) if tuned and tuned.improved else apply_head(head, val)
@@ -187,7 +190,12 @@ def _facts(job: Job | None, params: Params) -> dict[str, str]:
             "unset KERAS_DISTRIBUTION_*"
         )
     told = {name: value for name, value in params.flat().items() if name.partition(".")[0] in BLOCKS}
-    files = {str(path): sha256_of(path)[:12] for path in (paths.DATASET_INFO, paths.FEATURES_INFO)}
+    try:
+        files = {str(path): sha256_of(path)[:12] for path in (paths.DATASET_INFO, paths.FEATURES_INFO)}
+    except FileNotFoundError as error:
+        raise CatdogError(
+            f"{error.filename} is missing; every worker needs the same data: `dvc pull preprocess embed` brings it"
+        ) from None
     return told | files | {"the code and Keras": run_key({}, code=_code())[:12], "JAX": version("jax")}
 
 

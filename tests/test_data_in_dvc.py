@@ -1,8 +1,10 @@
 """Data from outside, through real DVC: a change is noticed, nothing else runs, and tracked data keeps its hash."""
 
+import hashlib
 import json
 import zipfile
 
+import h5py
 import pytest
 
 from conftest import NO_NETWORK, SHAPES, Project, copy_project, draw_shape
@@ -63,6 +65,25 @@ def test_lists_of_images_are_noticed(project):
     failed = project.dvc("repro", "split", **NO_NETWORK)
     assert failed.returncode != 0
     assert "split.exclude = 'leave-out.csv' cannot be read" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_weights_replaced_at_their_path_are_noticed_and_never_mixed(project):
+    own = project.root / "own.weights.h5"
+    own.write_bytes((project.root / "pretrained/mobilenetv2_imagenet_notop_fp16.weights.h5").read_bytes())
+    project.set_params({"weights": "own.weights.h5"})
+    assert repro(project, "train") == ["source", "embed", "train"]
+    assert repro(project, "train") == ["source"]
+
+    with h5py.File(own, "r+") as file:
+        kernels = file["layers/conv2d/vars/0"]
+        kernels[...] = kernels[...] * 2
+    failed = project.run("python", "stages/train.py", PYTHONPATH="src")
+    assert failed.returncode == 2
+    assert "the backbone's weights changed since its features were made (SHA-256 " in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert repro(project, "train") == ["source", "embed", "train"]
+    digest = hashlib.sha256(own.read_bytes()).hexdigest()
+    assert json.loads((project.root / "data/features/features.json").read_text())["weights_sha256"] == digest
 
 
 def test_data_tracked_by_dvc_keeps_its_hash_and_an_unrecorded_change_is_told(project):

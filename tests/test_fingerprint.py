@@ -1,5 +1,6 @@
 """The cheap look at what lies outside the pipeline: it changes when the data does, and only then."""
 
+import hashlib
 import http.server
 import os
 import threading
@@ -7,7 +8,7 @@ import threading
 import pytest
 import yaml
 
-from catdog.fingerprint import curation_fingerprint, dvc_tracking, fingerprint
+from catdog.fingerprint import curation_fingerprint, dvc_tracking, fingerprint, weights_fingerprint
 
 
 @pytest.fixture
@@ -144,6 +145,24 @@ def test_lists_are_told_by_their_contents(tmp_path):
     assert before["split.file"] is not None and before["split.exclude"] is None
     (tmp_path / "a.csv").write_text("path,label\n")
     assert curation_fingerprint("a.csv", "gone.csv", tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("weights", "backbone", "paths"),
+    [
+        ("imagenet", "vgg16", []),
+        ("random", "mobilenetv2+vgg16", []),
+        ("a+b.h5", "vgg16", ["a+b.h5"]),
+        ("imagenet+a.h5", "mobilenetv2+vgg16", ["a.h5"]),
+        ("~nobody-of-this-name/a.h5", "vgg16", ["~nobody-of-this-name/a.h5"]),
+    ],
+)
+def test_files_of_weights_are_told_by_their_content(tmp_path, weights, backbone, paths):
+    assert weights_fingerprint(weights, backbone, tmp_path) == dict.fromkeys(paths)
+    for path in paths[:1]:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(b"1")
+        assert weights_fingerprint(weights, backbone, tmp_path) == {path: hashlib.sha256(b"1").hexdigest()}
 
 
 def test_server_that_tells_no_version_is_named(server, tmp_path, capsys):

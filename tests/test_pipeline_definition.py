@@ -169,7 +169,7 @@ def test_every_parameter_that_the_script_reads_is_named(name):
     if covers(stage["deps"], "params.yaml"):
         return
     if name == "source":  # reads params.yaml without judging it
-        assert params_of(stage) == ["dataset", "split.file", "split.exclude"]
+        assert params_of(stage) == ["dataset", "backbone", "weights", "split.file", "split.exclude"]
         return
     read = parameters_read(ROOT / "stages" / f"{name}.py")
     if name in GIVEN_PARAMS:

@@ -12,7 +12,7 @@ from catdog.features import FeatureSet
 from catdog.model import build_head
 from catdog.optimization import build_loss, build_optimizer, encode_targets, focal_loss, image_weights, mix
 from catdog.runtime import prepare_keras
-from catdog.training import best_epoch, fit_head
+from catdog.training import best_epoch, fit_head, join_histories, kept_epoch
 
 WIDTH = 8
 
@@ -129,6 +129,17 @@ def test_best_epoch_is_the_first_of_the_lowest_loss():
 
 def weights(head) -> np.ndarray:
     return np.concatenate([np.ravel(value) for value in head.get_weights()])
+
+
+@pytest.mark.parametrize(("fine_tuned", "epoch", "loss"), [(False, 2, 0.05), (True, 3, 0.0503)])
+def test_epoch_of_the_kept_weights_is_of_their_phase(fine_tuned, epoch, loss):
+    """Fine-tuning computes in half precision, say: it improved what it began with, if not the head's recorded loss."""
+    columns = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
+    head, fine = (
+        pd.DataFrame({"epoch": [1, 2]} | dict.fromkeys(columns, losses)) for losses in ([0.06, 0.05], [0.0503, 0.0504])
+    )
+    kept = kept_epoch(join_histories(head, fine), fine_tuned=fine_tuned)
+    assert (kept["epoch"], kept["val_loss"]) == (epoch, loss)
 
 
 def test_seed_of_the_fit_alone_decides_the_order_of_the_images():

@@ -286,9 +286,7 @@ def test_longer_training_goes_on_with_the_shorter_one(tmp_path, changes):
     prepare_keras(3)
 
     def fitted(epochs, checkpoints):
-        params = TrainParams(
-            epochs=epochs, hidden_units=(5,), dropout=0.2, batch_size=16, learning_rate=0.3, **changes
-        )
+        params = TrainParams(epochs=epochs, hidden_units=(5,), dropout=0.2, batch_size=16, learning_rate=0.3, **changes)
         head = build_head(WIDTH, 2, params, 3)
         return fit_gathered(head, data, params, seed=4, checkpoints=checkpoints), head.get_weights()
 

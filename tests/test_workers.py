@@ -1,6 +1,7 @@
 """Jobs of several workers: real processes on this machine that fine-tune one tiny model together."""
 
 import importlib.util
+import shutil
 import socket
 import threading
 import time
@@ -177,6 +178,21 @@ def test_stage_names_the_worker_with_other_parameters_and_trains_nothing(make_co
             f"catdog train: worker 1 ({socket.gethostname()}) differs from the first worker in fine_tune.batch_size "
             "(32, the first worker 16); give it the same files, and start all again"
         ]
+
+
+@needs_jax
+def test_worker_without_the_data_says_how_to_bring_it(make_copy):
+    project = make_copy("empty-handed")
+    project.set_params({"fine_tune.layers": "last_block"})
+    shutil.rmtree(project.root / "data/tfrecords")
+    job = {"JOB_ADDRESSES": f"127.0.0.1:{free_port()}", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
+    changes = {f"KERAS_DISTRIBUTION_{key}": value for key, value in job.items()}
+    output, errors = project.start_under_jax("stages/train.py", PYTHONPATH="src", **changes).communicate(timeout=600)
+    assert f"{output}{errors}".strip().splitlines()[-1] == (
+        "catdog train: data/tfrecords/dataset_info.json is missing; every worker needs the same data: "
+        "`dvc pull preprocess embed` brings it"
+    )
+    assert "Traceback" not in errors
 
 
 FACTS = {"train.batch_size": "64", "data/tfrecords/dataset_info.json": "0123456789ab"}

@@ -22,7 +22,7 @@ from catdog.features import embed_copy, embed_shard, reporting
 from catdog.inference import choose_engine, compile_forward
 from catdog.model import build_extractor
 from catdog.runtime import device_facts, distribution, prepare_keras
-from catdog.weights import load_all
+from catdog.weights import joined_sha256, load_all
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def open_embedder(
         forward = reporting(forward, report)
     network = Network(
         "+".join(source.kind for source in weights),
-        "+".join(source.sha256 or "none" for source in weights),
+        joined_sha256(weights),
         extractor.count_params(),
         engine,
         device_facts(xla),

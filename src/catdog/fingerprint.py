@@ -72,6 +72,30 @@ def curation_fingerprint(file: str, exclude: str, root: Path) -> dict[str, Any]:
     return {name: sha256_of(paths[name]) if name in paths and paths[name].is_file() else None for name in lists}
 
 
+def weights_fingerprint(weights: str, backbone: str, root: Path) -> dict[str, str | None]:
+    """Returns hashes of the user's own files of weights, by path as it was given; null where one cannot be read.
+
+    Args:
+        weights: the parameter: imagenet, random or a path; of several backbones one each, joined by +.
+        backbone: the parameter.
+        root: the repository's root, from which a relative path counts.
+    """
+    parts = weights.split("+") if "+" in backbone else [weights]  # one path may hold a +
+    paths = {part: root / _expanded(part) for part in parts if part not in ("imagenet", "random")}
+    return {part: sha256_of(path) if _is_readable(path) else None for part, path in paths.items()}
+
+
+def _expanded(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~name of a user that does not exist
+        return Path(text)
+
+
+def _is_readable(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.R_OK)
+
+
 def _remote(dataset: str, former: dict[str, Any] | None) -> dict[str, Any]:
     try:
         found = identity(dataset)

@@ -29,6 +29,7 @@ EXPORTS = Path("models/export")
 
 SOURCE_REPORT = Path("reports/source.json")
 CURATION_REPORT = Path("reports/curation.json")
+WEIGHTS_REPORT = Path("reports/weights.json")
 DOWNLOAD_REPORT = Path("reports/download.json")
 DATA_REPORT = Path("reports/data.json")
 REJECTED = Path("reports/rejected.csv")

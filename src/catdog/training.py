@@ -230,6 +230,18 @@ def best_epoch(history: pd.DataFrame) -> pd.Series:
     return history.iloc[int(history["val_loss"].argmin())]
 
 
+def kept_epoch(history: pd.DataFrame, *, fine_tuned: bool) -> pd.Series:
+    """Returns the row of the epoch whose weights the model has: the best one of its phase.
+
+    The losses of the two phases are not compared: each is computed in a precision of its own.
+
+    Args:
+        history: from `join_histories`.
+        fine_tuned: whether fine-tuning improved the frozen model.
+    """
+    return best_epoch(history[history["phase"] == ("fine_tune" if fine_tuned else "head")])
+
+
 def join_histories(head: pd.DataFrame, fine_tuned: pd.DataFrame | None) -> pd.DataFrame:
     """Puts both phases one below the other: a column phase (head or fine_tune), and epochs that go on counting."""
     tables = [head.assign(phase="head")]

@@ -130,6 +130,29 @@ def load_all(
     )
 
 
+def joined_sha256(sources: Sequence[WeightsSource]) -> str:
+    """Return the SHA-256 of the files of all networks, joined by "+"; "none" stands for random weights."""
+    return "+".join(source.sha256 or "none" for source in sources)
+
+
+def check_same_weights(sources: Sequence[WeightsSource], features_sha256: str) -> None:
+    """Refuse weights that are others than the features were made with: a head fits one network only.
+
+    Args:
+        sources: what :func:`load_all` loaded now.
+        features_sha256: from :func:`joined_sha256` when the features were made.
+
+    Raises:
+        CatdogError: they differ.
+    """
+    found = joined_sha256(sources)
+    if found != features_sha256:
+        raise CatdogError(
+            f"the backbone's weights changed since its features were made (SHA-256 {found}, before {features_sha256});"
+            " `dvc repro --force --single-item embed` makes the features anew"
+        )
+
+
 def check_weights_available(backbones: Sequence[Backbone], weights: str, *, pretrained_dir: Path, root: Path) -> None:
     """Refuse, before any work and without a deep-learning framework, weights that cannot load.
 
@@ -191,7 +214,10 @@ def _shipped_file(backbone: Backbone, pretrained_dir: Path) -> Path | None:
 
 def _user_file(weights: str, root: Path) -> Path:
     """Return the path of the user's weights file; raise CatdogError if it cannot be one."""
-    path = root / Path(weights).expanduser()
+    try:
+        path = root / Path(weights).expanduser()
+    except RuntimeError:
+        raise CatdogError(f"weights = '{weights}': there is no such user; give the path of a file") from None
     if not path.is_file():
         raise CatdogError(f'there is no weights file \'{path}\': weights is "imagenet", "random" or the path of a file')
     if path.suffix not in _SUFFIXES:
@@ -202,9 +228,13 @@ def _user_file(weights: str, root: Path) -> Path:
 
 def _check_hdf5(path: Path) -> None:
     """Raise CatdogError unless the file starts as HDF5 files do."""
-    with path.open("rb") as file:
-        if file.read(len(_HDF5_SIGNATURE)) != _HDF5_SIGNATURE:
-            raise CatdogError(f"'{path}' is not an HDF5 file: give a weights file that Keras saved")
+    try:
+        with path.open("rb") as file:
+            signature = file.read(len(_HDF5_SIGNATURE))
+    except OSError as error:
+        raise CatdogError(f"weights file '{path}' cannot be read: {error.strerror}") from None
+    if signature != _HDF5_SIGNATURE:
+        raise CatdogError(f"'{path}' is not an HDF5 file: give a weights file that Keras saved")
 
 
 def _load_file(model: keras.Model, backbone: Backbone, path: Path) -> None:
