@@ -89,6 +89,34 @@ def test_numbered_names_without_a_class_leave_the_class_to_the_folders():
     assert label_files(names).labels == {name: name.split("/")[0] for name in names}
 
 
+SOURCES = ["Cat/flickr.1.jpg", "Cat/google.2.jpg", "Dog/flickr.3.jpg"]
+
+
+@pytest.mark.parametrize("layout", ["{}", "pets/{}", "train/{}", "pets/train/{}"])
+def test_names_that_occur_in_several_folders_leave_the_class_to_the_folders_and_this_is_said(layout):
+    names = [layout.format(name) for name in SOURCES]
+    found = label_files([*names, layout.format("cover.1.jpg")])
+    assert found.classes == ("Cat", "Dog")
+    assert found.labels == {name: name.split("/")[-2] for name in names}
+    assert found.refused == {layout.format("cover.1.jpg"): "outside any class folder"}
+    (told,) = found.warnings
+    assert f"as {names[0]!r} and {names[2]!r}, so the folders are the classes, not the names ('flickr')" in told
+
+
+def test_names_that_occur_in_several_folders_below_folders_of_splits_leave_the_class_to_the_folders():
+    names = [f"{split}/{name}" for split in ("train", "test") for name in SOURCES]
+    found = label_files(names)
+    assert found.labels == {name: name.split("/")[1] for name in names}
+    assert found.splits == {name: name.split("/")[0] for name in names}
+
+
+@pytest.mark.parametrize("others", [["extra/cat.5.jpg", "more/cat.6.jpg"], ["unlabelled/cat.5.jpg", "test/cat.6.jpg"]])
+def test_kaggle_names_of_which_most_lie_in_no_class_folder_are_the_classes(others):
+    names = [f"train/{label}.{i}.jpg" for label in ("cat", "dog") for i in range(3)]
+    found = label_files([*names, *others])
+    assert found.classes == ("cat", "dog") and found.warnings == ()
+
+
 @pytest.mark.parametrize("name", ["__MACOSX/Cat/._0.jpg", "Cat/.DS_Store", ".cache/x.jpg", "Dog/.hidden/1.jpg"])
 def test_hidden_files_have_no_class_and_say_so(name):
     found = label_files([*FOLDERS, name])

@@ -89,7 +89,7 @@ def examine(archive: zipfile.ZipFile, params: SplitParams, *, root: Path, worker
     given = labelling.splits if listed is None else dict(zip(listed["path"], listed["split"], strict=True))
 
     images, rejected = inspect_archive(archive, labelling, max_pixels=params.max_megapixels * 1e6, workers=workers)
-    reasons, warnings = [rejected], []
+    reasons, warnings = [rejected], list(labelling.warnings)
     if listed is not None:
         unlisted = images[~images["path"].isin(listed["path"])].assign(reason=NOT_LISTED)
         images, reasons = images.drop(unlisted.index), [*reasons, unlisted]
