@@ -241,6 +241,24 @@ def test_sixteen_bit_tiff_has_the_right_brightness():
     assert decode(saved(levels, "TIFF"))[0, :, 0].tolist() == [0, 32, 128, 255]
 
 
+@pytest.mark.parametrize("highest", [1.0, 255.0, 65535.0])
+def test_float_tiff_has_the_right_brightness_whatever_its_range(highest):
+    shares = np.array([[0, 32 / 255, 128 / 255, 1]])
+    data = saved((shares * highest + 1e-3 * (shares > 0) * (shares < 1)).astype(np.float32), "TIFF")
+    assert decode_viewable(data).mode == "F"
+    assert decode(data)[0].tolist() == [[value] * 3 for value in (0, 32, 128, 255)]
+
+
+def test_float_tiff_without_light_stays_black():
+    assert not decode(saved(np.zeros((4, 5), np.float32), "TIFF")).any()
+    assert not decode(saved(np.full((4, 5), -0.5, np.float32), "TIFF")).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_float_tiff_with_values_that_are_no_numbers_is_refused(value):
+    assert reason(saved(np.array([[0.5, value]], np.float32), "TIFF")) == "holds values that are no finite numbers"
+
+
 def test_sixteen_bit_colour_has_the_right_brightness():
     rows = b"\0" + struct.pack(">6H", 65535, 0, 128 * 257, 0, 32 * 257, 257)
     assert decode(png(2, 1, 16, 2, rows))[0].tolist() == [[255, 0, 128], [0, 32, 1]]

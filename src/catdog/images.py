@@ -111,9 +111,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        # 16-bit and float greyscale: Pillow's own conversion clips at 255 and would show white.
+        # 16-bit and float greyscale: Pillow's own conversion clips at 255 and would show white, or black up to 1.
         values = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1
+        if not np.isfinite(values).all():
+            raise ImageError("holds values that are no finite numbers")
+        brightest = values.max(initial=0)
+        if image.mode == "F" and brightest <= 1:
+            scale = 255.0
+        else:
+            scale = 255 / 65535 if image.mode.startswith("I;16") or brightest > 255 else 1
         return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
