@@ -10,7 +10,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from catdog.images import (
     ImageError,
@@ -98,6 +98,16 @@ def test_exif_orientation_is_applied(orientation, kind):
     assert close(decode(saved(stored, kind, exif=exif.tobytes(), **options)), quadrants(), 3)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_pictures_are_turned_to_the_very_pixels_of_pillow(kind):
+    for orientation in (0, *TURNED, 9):  # those beyond 8 mean nothing
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = saved(scene(13, 21), kind, exif=exif.tobytes())
+        with Image.open(io.BytesIO(data)) as image:
+            assert np.array_equal(decode(data), np.asarray(ImageOps.exif_transpose(image).convert("RGB"))), orientation
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_does_not_hide_the_picture():
     exif = Image.Exif()
@@ -105,6 +115,31 @@ def test_broken_exif_does_not_hide_the_picture():
     whole = exif.tobytes()
     for block in (whole[:11], whole[:14] + b"\xff" * 40, b"Exif\0\0nonsense", b"Exif\0\0"):
         assert close(decode(jpeg(quadrants(), exif=block)), quadrants(), 3)
+
+
+def exif_block(orientation: int, tag: int, kind: int, count: int, value: bytes) -> bytes:
+    """EXIF by hand, with a tag of a type that Pillow does not write for it."""
+    place = 8 + 2 + 2 * 12 + 4
+    turn, odd = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0), struct.pack("<HHII", tag, kind, count, place)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turn + odd + bytes(4) + value
+
+
+ODDLY_TYPED = {
+    "ResolutionUnit as text": (0x0128, 2, 6, b"inches"),
+    "YCbCrPositioning as text": (0x0213, 2, 9, b"centered\0"),
+    "Make as a rational": (0x010F, 5, 1, struct.pack("<II", 1, 3)),
+    "Software as a double": (0x0131, 12, 1, struct.pack("<d", 1.5)),
+}
+
+
+@pytest.mark.parametrize("tag", ODDLY_TYPED)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_tags_of_an_odd_type_do_not_hinder_turning_a_picture_upright(kind, tag):
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    for orientation, turned in TURNED.items():
+        stored = np.ascontiguousarray(turned(quadrants()))
+        data = saved(stored, kind, exif=exif_block(orientation, *ODDLY_TYPED[tag]), **options)
+        assert close(decode(data), quadrants(), 3), orientation
 
 
 def test_result_is_rgb_uint8_of_the_pictures_size():

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 Pixels = npt.NDArray[np.uint8]
 """RGB, uint8 [height, width, 3], 0..255."""
@@ -22,6 +22,16 @@ FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 178e6
 """Pillow refuses larger pictures on its own, as attacks on memory."""
 _END_OF_JPEG = b"\xff\xd9"
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a stored picture upright, by EXIF orientation."""
 
 
 class ImageError(Exception):
@@ -89,7 +99,7 @@ def _decode(data: bytes, max_pixels: float) -> Decoded:
             raise ImageError(f"{width}x{height} pixels are more than the limit of {max_pixels / 1e6:g} million")
         pixels = _decode_plain_jpeg(data, image)
         if pixels is None:
-            pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            pixels = np.asarray(_to_rgb(_turn_upright(image)))
         return Decoded(pixels, image.format or "", image.mode, whole=True)
 
 
@@ -105,6 +115,13 @@ def _decode_plain_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
         return np.asarray(simplejpeg.decode_jpeg(data, "RGB"), np.uint8)
     except ValueError:
         return None
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: that writes the EXIF block anew, which fails where a tag has an unusual type.
+    image.load()  # a PNG may tell its orientation after its pixels
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
