@@ -12,6 +12,7 @@ from catdog.config import SplitParams
 from catdog.curation import divide, examine
 from catdog.errors import CatdogError
 from catdog.images import encode_jpeg
+from catdog.quality import require_mostly_accepted
 
 
 def picture(number: int) -> bytes:
@@ -114,6 +115,44 @@ def test_excluded_images_are_listed_and_in_no_split(tmp_path):
     found, divided = curate(tmp_path, PETS, exclude="out.csv")
     assert found.rejected[["path", "reason"]].values.tolist() == [["cat/3.jpg", "excluded: blurred"]]
     assert len(divided.manifest) == 39
+
+
+def test_damaged_files_that_the_user_left_out_are_listed_as_that_and_do_not_count(tmp_path):
+    members = {**PETS, "cat/bad.jpg": b"x", "dog/bad.jpg": b"", "readme.txt": b"y", "cat/.hidden": b""}
+    (tmp_path / "out.csv").write_text("path,reason\ncat/bad.jpg,torn\nreadme.txt,\n")
+    found, _ = curate(tmp_path, members, exclude="out.csv")
+    assert found.rejected[["path", "reason"]].values.tolist() == [
+        ["cat/.hidden", "hidden file"],
+        ["cat/bad.jpg", "excluded: torn"],
+        ["dog/bad.jpg", "empty file (0 bytes)"],
+        ["readme.txt", "excluded"],
+    ]
+    rows = [f"{name},{('train', 'val', 'test')[i % 3]}" for i, name in enumerate([*sorted(PETS), "dog/bad.jpg"])]
+    (tmp_path / "splits.csv").write_text("\n".join(["path,split", *rows]))
+    found, _ = curate(tmp_path, members, exclude="out.csv", file="splits.csv")
+    assert found.rejected[["path", "reason"]].values.tolist() == [
+        ["cat/.hidden", "hidden file"],
+        ["cat/bad.jpg", "not listed in split.file"],
+        ["dog/bad.jpg", "empty file (0 bytes)"],
+        ["readme.txt", "not listed in split.file"],
+    ]
+    assert found.rejected["bytes"].tolist() == [0, 1, 0, 1]
+    require_mostly_accepted(len(found.images), found.rejected, 1 / 41)
+
+
+def test_classes_are_those_of_the_listed_images(tmp_path):
+    members = {**PETS, "fox/1.jpg": picture(300)}
+    rows = [f"{name},{('train', 'val', 'test')[i % 3]}" for i, name in enumerate(sorted(PETS))]
+    (tmp_path / "splits.csv").write_text("\n".join(["path,split", *rows]))
+    found, divided = curate(tmp_path, members, file="splits.csv")
+    assert found.classes == ("cat", "dog") and set(divided.manifest["label"]) == {"cat", "dog"}
+    (tmp_path / "splits.csv").write_text("\n".join(["path,split", *rows[:20]]))
+    assert "split.file = 'splits.csv' lists images of 1 classes" in told(tmp_path, members, file="splits.csv")
+    (tmp_path / "splits.csv").write_text("\n".join(["path,split", *rows, "fox/1.jpg,train"]))
+    members["fox/1.jpg"] = b""
+    assert "class 'fox' has no usable image left of those in split.file = 'splits.csv'" in told(
+        tmp_path, members, file="splits.csv"
+    )
 
 
 def test_images_to_predict_are_kept_apart(tmp_path):

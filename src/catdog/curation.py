@@ -7,6 +7,7 @@ rejected files or the unlabelled images.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pandas as pd
 
 from catdog.config import SplitParams
 from catdog.errors import CatdogError
-from catdog.labels import NOT_LISTED, label_by_table, label_files
+from catdog.labels import HIDDEN, NOT_LISTED, label_by_table, label_files
 from catdog.paths import UNUSED
 from catdog.quality import REJECTED_COLUMNS, group_duplicates, inspect_archive
 from catdog.split import (
@@ -36,7 +37,7 @@ class Examined:
     """What is in an archive.
 
     Attributes:
-        classes: class names, sorted; the position is the class's number.
+        classes: class names, sorted, where split.file is set of what it lists; the position is the class's number.
         images: path, label, the fields of `quality.Inspection`, and given: the split that the data set or
             split.file gives, "" for none. Sorted by path.
         rejected: path, label, reason, bytes; sorted by path.
@@ -87,29 +88,36 @@ def examine(archive: zipfile.ZipFile, params: SplitParams, *, root: Path, worker
     else:
         labelling = label_files(names)
     given = labelling.splits if listed is None else dict(zip(listed["path"], listed["split"], strict=True))
+    classes = labelling.classes if listed is None else _listed_classes(listed["path"], labelling.labels, params.file)
 
     images, rejected = inspect_archive(archive, labelling, max_pixels=params.max_megapixels * 1e6, workers=workers)
-    reasons, warnings = [rejected], list(labelling.warnings)
+    reasons: list[pd.DataFrame] = []
+    warnings = list(labelling.warnings)
+    # What the user left out is listed as that also where it shows no picture: then it is no defect of the data.
     if listed is not None:
         unlisted = images[~images["path"].isin(listed["path"])].assign(reason=NOT_LISTED)
         images, reasons = images.drop(unlisted.index), [*reasons, unlisted]
+        beyond_list = ~rejected["path"].isin(listed["path"]) & (rejected["reason"] != HIDDEN)
+        rejected = rejected.assign(reason=rejected["reason"].mask(beyond_list, NOT_LISTED))
     if params.exclude:
         exclusions = read_exclusions(root / Path(params.exclude).expanduser(), params.exclude)
         warnings += _unmatched(exclusions, images, names, params.exclude)
         excluded = reject_excluded(images, exclusions)
         images, reasons = images.drop(excluded.index), [*reasons, excluded]
+        damaged = reject_excluded(rejected[rejected["reason"] != NOT_LISTED].assign(sha256=""), exclusions)
+        rejected, reasons = rejected.drop(damaged.index), [*reasons, damaged]
+    reasons = [rejected, *reasons]
     contradictions = reject_contradictions(images)
     images, reasons = images.drop(contradictions.index), [*reasons, contradictions]
 
-    missing = sorted(set(labelling.classes) - set(images["label"]))
+    missing = sorted(set(classes) - set(images["label"]))
     if missing:
-        raise CatdogError(
-            f"class {missing[0]!r} has no usable image left of those in the data set; mend or remove them all"
-        )
+        where = "the data set" if listed is None else f"split.file = {params.file!r}"
+        raise CatdogError(f"class {missing[0]!r} has no usable image left of those in {where}; mend or remove them all")
     images = images.assign(given=[given.get(path, "") for path in images["path"]])
     unlabelled = [(path, archive.getinfo(path).file_size) for path in labelling.unlabelled]
     return Examined(
-        labelling.classes,
+        classes,
         images.reset_index(drop=True),
         pd.concat([one[REJECTED_COLUMNS] for one in reasons]).sort_values("path", ignore_index=True, kind="stable"),
         pd.DataFrame(unlabelled, columns=["path", "bytes"]),
@@ -139,6 +147,15 @@ def _require_present(paths: pd.Series, names: list[str], file: str) -> None:
             f"split.file = {file!r} names {len(absent):,} files that the data set lacks, {absent[0]!r} for one; "
             "its paths must be those inside the archive, as data/manifest.csv shows them"
         )
+
+
+def _listed_classes(paths: pd.Series, labels: Mapping[str, str], file: str) -> tuple[str, ...]:
+    classes = tuple(sorted({labels[path] for path in paths if path in labels}))
+    if len(classes) < 2:
+        raise CatdogError(
+            f"split.file = {file!r} lists images of {len(classes)} classes, but two or more are needed; list others too"
+        )
+    return classes
 
 
 def divide(images: pd.DataFrame, params: SplitParams, *, seed: int) -> Divided:
