@@ -187,6 +187,15 @@ def test_training_share_leaves_images_unused(tmp_path):
     assert divided.manifest["split"].value_counts().to_dict() == dict.fromkeys(("train", "val", "test", "unused"), 10)
 
 
+def test_training_share_holds_for_given_splits_and_folds_too(tmp_path):
+    members = {f"{('train', 'val', 'test', 'train')[i % 4]}/{name}": PETS[name] for i, name in enumerate(sorted(PETS))}
+    _, divided = curate(tmp_path, members, train=8)
+    assert divided.method == "given"
+    assert divided.manifest["split"].value_counts().to_dict() == {"unused": 12, "val": 10, "test": 10, "train": 8}
+    _, divided = curate(tmp_path, PETS, method="folds", folds=4, val=4, train=8)
+    assert divided.manifest["split"].value_counts().to_dict() == {"unused": 18, "test": 10, "train": 8, "val": 4}
+
+
 def test_given_split_that_is_not_there_is_told(tmp_path):
     assert "no folders train, val and test and split.file is not set" in told(tmp_path, method="given")
 

@@ -372,6 +372,16 @@ def test_folds_keep_groups_together_and_do_not_depend_on_the_order_of_rows():
     assert by_content(images, assign_folds(images, folds=4, fold=1, val=12, seed=10)) != by_content(images, split)
 
 
+@pytest.mark.parametrize("train", [30, 0.25])
+def test_folds_with_a_limited_training_split_test_the_same_images_and_leave_the_rest_unused(train):
+    images = pets(60, 60, groups=[number // 2 if number < 40 else number for number in range(120)])
+    split = assign_folds(images, folds=4, fold=1, val=12, train=train, seed=9)
+    assert Counter(split) == {"train": 30, "val": 12, "test": 30, "unused": 48}
+    assert crossing(images, split) == []
+    whole = assign_folds(images, folds=4, fold=1, val=12, seed=9)
+    assert (split == "test").equals(whole == "test")
+
+
 def test_more_folds_than_images_of_a_class_are_refused():
     with pytest.raises(CatdogError, match="class 'dog' has 4 usable images, fewer than split"):
         assign_folds(pets(20, 4), folds=5, fold=0, val=2, seed=1)
@@ -394,6 +404,32 @@ def test_missing_split_is_drawn_from_the_given_training_images():
     only_training_and_validation = images.assign(split=images["split"].replace("test", "val"))
     split = complete_given(only_training_and_validation, val=0.25, test=0.5, seed=1)
     assert Counter(split[:80]) == {"train": 40, "test": 40} and (split[80:] == "val").all()
+
+
+@pytest.mark.parametrize("train", [20, 0.25])
+def test_limited_training_split_of_a_given_split_leaves_the_rest_unused(train):
+    groups = [number // 2 if number < 30 else number for number in range(100)]
+    images = given("ab" * 50, " ".join(["train"] * 80 + ["test"] * 10 + ["val"] * 8 + ["unused"] * 2), groups)
+    split = complete_given(images, val=0.25, test=0.5, train=train, seed=1)
+    assert split[80:].equals(images["split"][80:])
+    assert counts(images[:80], split[:80]) == {
+        ("train", "a"): 10,
+        ("train", "b"): 10,
+        ("unused", "a"): 30,
+        ("unused", "b"): 30,
+    }
+    assert crossing(images[:80], split[:80]) == []
+    assert not split.equals(complete_given(images, val=0.25, test=0.5, train=train, seed=2))
+    without_val = images.assign(split=images["split"].replace("val", "test"))
+    split = complete_given(without_val, val=0.25, test=0.5, train=train, seed=1)
+    assert Counter(split[:80]) == {"train": 20, "val": 20, "unused": 40}
+
+
+def test_more_training_images_than_a_given_split_has_are_refused():
+    images = given("ab" * 10, " ".join(["train"] * 12 + ["test"] * 4 + ["val"] * 4))
+    assert complete_given(images, val=4, test=4, train=12, seed=1).equals(images["split"])
+    with pytest.raises(CatdogError, match=r"split\.train = 13 takes all 12 images; lower it"):
+        complete_given(images, val=4, test=4, train=13, seed=1)
 
 
 def test_class_without_given_training_images_is_told():

@@ -183,20 +183,20 @@ def divide(images: pd.DataFrame, params: SplitParams, *, seed: int) -> Divided:
             images["sha256"].tolist(), images["perceptual_hash"].tolist(), params.near_duplicate_bits
         )
     )
+    train = None if params.train == "rest" else params.train
     crossing = images.iloc[:0].assign(reason="")
     if method == "given":
         images = images.assign(split=images["given"])
         crossing = reject_crossing(images)
         images = images.drop(crossing.index)
         lost = set(crossing["split"])
-        split = complete_given(images, val=params.val, test=params.test, seed=seed, lost=lost)
+        split = complete_given(images, val=params.val, test=params.test, train=train, seed=seed, lost=lost)
     else:
         # What split.file calls unused stays so.
         drawn = images[images["given"] != UNUSED]
         if method == "folds":
-            split = assign_folds(drawn, folds=params.folds, fold=params.fold, val=params.val, seed=seed)
+            split = assign_folds(drawn, folds=params.folds, fold=params.fold, val=params.val, train=train, seed=seed)
         else:
-            train = None if params.train == "rest" else params.train
             split = assign_splits(drawn, val=params.val, test=params.test, train=train, seed=seed)
         split = split.reindex(images.index, fill_value=UNUSED)
     manifest = images.drop(columns="given").assign(split=split)

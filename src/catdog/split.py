@@ -181,7 +181,15 @@ def assign_splits(
     return assigned
 
 
-def assign_folds(images: pd.DataFrame, *, folds: int, fold: int, val: int | float, seed: int) -> pd.Series:
+def assign_folds(
+    images: pd.DataFrame,
+    *,
+    folds: int,
+    fold: int,
+    val: int | float,
+    seed: int,
+    train: int | float | None = None,
+) -> pd.Series:
     """Assigns each image for k-fold cross-validation: one fold is test, `val` is drawn from the others.
 
     Groups stay in one fold, and each fold has its share of every class: exactly, to one image, where no groups
@@ -194,9 +202,10 @@ def assign_folds(images: pd.DataFrame, *, folds: int, fold: int, val: int | floa
         fold: which one is the test split, from 0.
         val: validation share of all images, or a number of images.
         seed: draws the order.
+        train: training share, likewise; the images beyond it are "unused". None takes all that is left.
 
     Raises:
-        CatdogError: a class has fewer images than there are folds, or too few for the validation split.
+        CatdogError: a class has fewer images than there are folds, or too few for the validation and training splits.
     """
     counts = images["label"].value_counts()
     if counts.min() < folds:
@@ -211,9 +220,10 @@ def assign_folds(images: pd.DataFrame, *, folds: int, fold: int, val: int | floa
         held[emptiest].update(one.labels)
         number[one.positions] = emptiest
     rest = images[number != fold]
-    size = val if isinstance(val, int) else round(val * len(images))
+    # Shares are of all images, also of those in the fold.
+    val_size, train_size = (round(one * len(images)) if isinstance(one, float) else one for one in (val, train))
     assigned = pd.Series("test", index=images.index, name="split")
-    assigned.loc[rest.index] = assign_splits(rest, val=size, test=None, seed=seed)
+    assigned.loc[rest.index] = assign_splits(rest, val=val_size, test=None, train=train_size, seed=seed)
     _require_training_images(images, assigned)
     return assigned
 
@@ -236,7 +246,13 @@ def reject_crossing(images: pd.DataFrame) -> pd.DataFrame:
 
 
 def complete_given(
-    images: pd.DataFrame, *, val: int | float, test: int | float, seed: int, lost: Iterable[str] = ()
+    images: pd.DataFrame,
+    *,
+    val: int | float,
+    test: int | float,
+    seed: int,
+    train: int | float | None = None,
+    lost: Iterable[str] = (),
 ) -> pd.Series:
     """Returns the given split of each image, with a missing val or test drawn from the given training images.
 
@@ -245,6 +261,7 @@ def complete_given(
         val: share of the training images that become val where none is given, a fraction or a number of images.
         test: likewise.
         seed: draws the order.
+        train: share of the training images that stay such, likewise; those beyond it become unused. None keeps all.
         lost: splits of the images that `reject_crossing` took away.
 
     Raises:
@@ -259,9 +276,13 @@ def complete_given(
             "give other images, or split.method = random"
         )
     training = images[assigned == "train"]
-    if not present >= {"val", "test"} and not training.empty:
+    if (train is not None or not present >= {"val", "test"}) and not training.empty:
         assigned.loc[training.index] = assign_splits(
-            training, val=None if "val" in present else val, test=None if "test" in present else test, seed=seed
+            training,
+            val=None if "val" in present else val,
+            test=None if "test" in present else test,
+            train=train,
+            seed=seed,
         )
     _require_training_images(images, assigned)
     return assigned
