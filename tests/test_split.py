@@ -506,6 +506,21 @@ def test_given_splits_that_cannot_be_used_are_told(tmp_path, content, told):
     assert "\n" not in str(caught.value)
 
 
+def test_spaces_beside_the_commas_of_a_list_mean_nothing(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('path, split, label\na b.jpg, train, cat\n c.jpg ,val ,cat\nd.jpg, test, "dog, wild"\n')
+    assert read_given_splits(path, "x.csv").values.tolist() == [
+        ["a b.jpg", "train", "cat"],
+        ["c.jpg", "val", "cat"],
+        ["d.jpg", "test", "dog, wild"],
+    ]
+    path.write_text("path,split,label\na.jpg,train, \n")
+    with pytest.raises(CatdogError, match=r"has no label for 'a\.jpg'"):
+        read_given_splits(path, "x.csv")
+    path.write_text("sha256, path, reason\n, a.jpg, blurred\n")
+    assert read_exclusions(path, "x.csv").values.tolist() == [["a.jpg", "", "blurred"]]
+
+
 def test_given_splits_are_read_as_text(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("\ufeffpath,split,label\n1,train,007\nNA,validation,NA\n")

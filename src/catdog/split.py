@@ -78,7 +78,7 @@ def read_given_splits(path: Path, name: str) -> pd.DataFrame:
     missing = [column for column in ("path", "split") if column not in table.columns]
     if missing:
         raise CatdogError(f"split.file = {name!r} has no column {missing[0]}; its header must name path and split")
-    table = table.assign(split=[SPLIT_NAMES.get(one, one) for one in table["split"].str.strip().str.lower()])
+    table = table.assign(split=[SPLIT_NAMES.get(one, one) for one in table["split"].str.lower()])
     wrong = table[~table["split"].isin((*SPLITS, UNUSED))]
     if not wrong.empty:
         raise CatdogError(
@@ -96,14 +96,15 @@ def read_given_splits(path: Path, name: str) -> pd.DataFrame:
 
 def _read_table(path: Path, name: str, parameter: str) -> pd.DataFrame:
     try:
-        # As text: a class may be called 1 or NA.
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        # As text: a class may be called 1 or NA. Spaces beside a comma, as in `path, split, label`, are no part of it.
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
     except OSError as error:
         raise CatdogError(f"{parameter} = {name!r} cannot be read: {error.strerror} ({path}); check the path") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise CatdogError(f"{parameter} = {name!r} is no CSV table in UTF-8: {' '.join(str(error).split())}") from None
     if table.empty:
         raise CatdogError(f"{parameter} = {name!r} lists nothing; fill it, or set {parameter} to ''")
+    table = table.assign(**{column: table[column].str.strip() for column in table.columns})
     return table.rename(columns=lambda column: str(column).strip().lower())
 
 
