@@ -200,6 +200,15 @@ def test_impossible_value_is_refused_by_name(name, value):
     assert f"{name}" in message(changed(name, value))
 
 
+def test_number_of_a_fold_is_below_the_number_of_folds():
+    assert "split.fold = 5: must be below split.folds = 5; the first fold is 0" in message(changed("split.fold", 5))
+    values = changed("split.folds", 1)
+    for fold in (0, 1000):
+        values["split"]["fold"] = fold
+        told = message(values)
+        assert "split.folds = 1: " in told and "split.fold = " not in told
+
+
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [

@@ -79,8 +79,9 @@ class SplitParams(_Block):
     @field_validator("fold")
     @classmethod
     def _one_of_the_folds(cls, value: int, info: ValidationInfo) -> int:
-        if value >= info.data.get("folds", 1000):
-            raise ValueError(f"must be below split.folds = {info.data['folds']}; the first fold is 0")
+        folds = info.data.get("folds")  # absent where it is wrong itself, which is told
+        if folds is not None and value >= folds:
+            raise ValueError(f"must be below split.folds = {folds}; the first fold is 0")
         return value
 
 
