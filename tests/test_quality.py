@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import tracemalloc
 import warnings
 import zipfile
+from itertools import combinations
 
 import cv2
 import numpy as np
@@ -144,6 +146,27 @@ def test_thousands_of_equal_hashes_are_one_group():
     count = 5000
     groups = group_duplicates([str(number) for number in range(count)], ["0" * 32] * count, 4)
     assert not groups.any()
+
+
+def test_pictures_that_are_all_near_each_other_do_not_fill_the_memory():
+    # Each differs from the first in one or two bits, so any two in at most four: three million pairs, 50 MB a copy.
+    flipped = [*combinations(range(HASH_BITS), 2)][:2500]
+    hashes = [f"{1 << one | 1 << other:032x}" for one, other in flipped]
+    tracemalloc.start()
+    groups = group_duplicates([str(number) for number in range(2500)], hashes, 4)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not groups.any()
+    assert peak < 250e6
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 300])
+def test_groups_do_not_depend_on_how_many_pairs_are_held_at_a_time(monkeypatch, at_once):
+    hashes = near_hashes(np.random.default_rng(8), 120)
+    sha256 = [str(number) for number in range(120)]
+    monkeypatch.setattr("catdog.quality._AT_ONCE", at_once)
+    for max_bits in (2, 7, 11):
+        assert group_duplicates(sha256, hashes, max_bits).tolist() == brute_force(sha256, hashes, max_bits)
 
 
 @pytest.mark.parametrize("max_bits", [-1, 0, 4])

@@ -24,6 +24,8 @@ from catdog.paths import REJECTED
 from catdog.progress import progress
 
 HASH_BITS = 128
+_AT_ONCE = 2**20
+"""Pairs of hashes that are compared, or kept, at a time: what the memory holds, whatever the pictures."""
 REJECTED_COLUMNS = ["path", "label", "reason", "bytes"]
 NO_DEFECTS = (HIDDEN, NOT_LISTED, EXCLUDED)
 """How the reasons begin for which a file is left out although nothing is wrong with the data."""
@@ -92,18 +94,23 @@ def group_duplicates(sha256: Sequence[str], perceptual_hashes: Sequence[str], ma
     Returns:
         int64 [files]: the index of the first member of each file's group.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     count = len(sha256)
     _, same_bytes = np.unique(np.asarray(sha256), return_inverse=True)
     first_of = np.full(count, count)
     np.minimum.at(first_of, same_bytes, np.arange(count))
-    pairs = [np.stack([np.arange(count), first_of[same_bytes]])]
+    links = [np.stack([np.arange(count), first_of[same_bytes]])]
     if max_bits >= 0:
         bits = np.frombuffer(bytes.fromhex("".join(perceptual_hashes)), np.uint8).reshape(count, HASH_BITS // 8)
-        pairs.append(_near_pairs(bits, max_bits))
-    left, right = np.concatenate(pairs, axis=1)
+        links.append(_near_links(bits, max_bits))
+    return _first_members(links, count)
+
+
+def _first_members(links: list[npt.NDArray[np.int64]], count: int) -> npt.NDArray[np.int64]:
+    """The index of the first member of each file's group, int64 [count], where links, int64 [2, n], join groups."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    left, right = np.concatenate(links, axis=1)
     graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(count, count))
     _, component = connected_components(graph, directed=False)
     first = np.full(count, count)
@@ -112,17 +119,18 @@ def group_duplicates(sha256: Sequence[str], perceptual_hashes: Sequence[str], ma
     return groups
 
 
-def _near_pairs(hashes: npt.NDArray[np.uint8], max_bits: int) -> npt.NDArray[np.int64]:
-    """All pairs within `max_bits` of each other, int64 [2, pairs], found through equal parts of the hash.
+def _near_links(hashes: npt.NDArray[np.uint8], max_bits: int) -> npt.NDArray[np.int64]:
+    """Pairs, int64 [2, n], that join all hashes within `max_bits` of each other, found through equal parts.
 
     Cut into max_bits + 1 parts, two hashes that differ in max_bits bits agree in at least one part
     (pigeonhole), so only files that share a part are compared: near linear instead of quadratic.
     """
-    found = [np.empty((2, 0), np.int64)]
+    count = len(hashes)
     bits = np.unpackbits(hashes, axis=1)
     # Equal hashes are joined in a chain first, so that a thousand blank pictures are not half a million pairs.
     _, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
-    found.append(np.stack([np.arange(len(hashes)), first[inverse.ravel()]]))
+    links = [np.stack([np.arange(count), first[inverse.ravel()]])]
+    held = 0  # pairs among the links
     # With bits as -1 and 1, the product of two hashes is 128 - 2 x distance: one matrix product compares a bucket.
     signs = bits[first].astype(np.float32) * 2 - 1
     for part in np.array_split(np.arange(HASH_BITS), max_bits + 1):
@@ -130,11 +138,18 @@ def _near_pairs(hashes: npt.NDArray[np.uint8], max_bits: int) -> npt.NDArray[np.
         order = np.lexsort(keys.T)
         boundaries = np.flatnonzero((keys[order][1:] != keys[order][:-1]).any(axis=1)) + 1
         for bucket in np.split(order, boundaries):
-            for start in range(0, len(bucket) - 1, 1024):  # a block, so that a large bucket does not fill the memory
-                near = signs[bucket[start : start + 1024]] @ signs[bucket[start:]].T >= HASH_BITS - 2 * max_bits
-                one, other = np.nonzero(np.triu(near, 1))  # each pair once
-                found.append(first[bucket[start:]][np.stack([one, other])])
-    return np.concatenate(found, axis=1)
+            if len(bucket) < 2:
+                continue
+            files, compared = first[bucket], signs[bucket]
+            rows = max(1, _AT_ONCE // len(bucket))
+            for start in range(0, len(bucket) - 1, rows):
+                near = compared[start : start + rows] @ compared[start:].T >= HASH_BITS - 2 * max_bits
+                links.append(files[start:][np.stack(np.nonzero(np.triu(near, 1)))])  # each pair once
+                held += links[-1].shape[1]
+                # A thousand pictures that are all near each other are half a million pairs, but one group.
+                if held > _AT_ONCE:
+                    links, held = [np.stack([np.arange(count), _first_members(links, count)])], 0
+    return np.concatenate(links, axis=1)
 
 
 def inspect_archive(
