@@ -1,8 +1,13 @@
 # `make repro` and `make test` need Python 3.11 or newer, git and a package registry; nothing is activated or
-# installed outside .venv. `make repro GPU=1` takes TensorFlow with CUDA.
+# installed outside .venv. `make repro GPU=1` takes TensorFlow with CUDA, and every target keeps it from then on;
+# `GPU=` (empty) goes back to the CPU.
 
 ifndef PYTHON
 PYTHON := $(shell command -v python3)
+endif
+# Otherwise `make ui` after `make repro GPU=1` would put the CPU's environment in the place of the other one.
+ifeq ($(origin GPU),undefined)
+GPU := $(wildcard .venv/.ready-requirements-gpu.lock)
 endif
 ifdef GPU
 LOCK := requirements-gpu.lock

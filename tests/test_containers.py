@@ -121,6 +121,35 @@ def test_the_build_argument_chooses_the_lock_file(gpu, lock):
     assert f"--require-hashes -r {lock}\n" in told.stdout
 
 
+@pytest.mark.parametrize(
+    ("there", "given", "lock"),
+    [
+        (None, [], "requirements.lock"),
+        ("requirements.lock", [], "requirements.lock"),
+        ("requirements-gpu.lock", [], "requirements-gpu.lock"),
+        ("requirements-gpu.lock", ["GPU="], "requirements.lock"),
+        ("requirements.lock", ["GPU=1"], "requirements-gpu.lock"),
+    ],
+)
+@pytest.mark.parametrize("target", ["setup", "repro", "ui", "test", "bench", "lint", "format"])
+def test_make_keeps_the_environment_that_is_there(tmp_path, there, given, lock, target):
+    for name in ("Makefile", "pyproject.toml", "requirements.lock", "requirements-gpu.lock"):
+        shutil.copy2(REPOSITORY / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    if there:
+        (tmp_path / f".venv/.ready-{there}").touch()
+    told = subprocess.run(
+        ["make", "--dry-run", target, *given],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name not in ("GPU", "MAKEFLAGS")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    made = re.findall(r"--require-hashes -r (requirements\S*)", told.stdout)
+    assert made == ([] if lock == there else [lock])
+
+
 def test_the_image_runs_as_a_plain_user():
     assert [rest for name, rest in stage_instructions(1) if name == "USER"] == ["${UID}"]
     (uid,) = [rest.partition("=")[2] for name, rest in stage_instructions(1) if name == "ARG"]
