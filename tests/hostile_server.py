@@ -25,6 +25,7 @@ class Answer:
     cut: int | None = None  # the connection ends after so many bytes of the body
     stall: int | None = None  # nothing more comes after so many bytes, until the server's `resume` is set
     hang_up: bool = False  # no answer at all
+    drip: bool = False  # a header comes a byte now and then, until `resume` is set
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers | {"Connection": "close"} | answer.headers).items():
             if value is not None:
                 self.send_header(name, value)
+        if answer.drip:
+            self._drip()
         self.end_headers()
         self.close_connection = True
         if self.command == "HEAD":
@@ -132,6 +135,15 @@ class _Handler(BaseHTTPRequestHandler):
         if start >= total:
             return 416, b"", {"Content-Range": f"bytes */{total}"}
         return 206, answer.data[start:end], {"Content-Range": f"bytes {start}-{end - 1}/{total}"}
+
+    def _drip(self):
+        self.flush_headers()
+        self.wfile.write(b"X-Slow: ")
+        for _ in range(1000):
+            self.wfile.write(b"x")
+            if self.server.resume.wait(0.01):
+                break
+        self.wfile.write(b"\r\n")
 
     def _send(self, data, chunked):
         if chunked and data:

@@ -332,8 +332,16 @@ def test_redirects_are_followed(server, archives):
         assert find_images([url], archives)[0][0].read() == b"bytes"
 
 
-def moved(location: str) -> Answer:
-    return Answer(status=302, headers={"Location": location})
+def moved(location: str, **more) -> Answer:
+    return Answer(status=302, headers={"Location": location}, **more)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_body_of_a_redirect_is_not_read(server, archives, monkeypatch, chunked):
+    monkeypatch.setattr(inputs, "_SILENCE_SECONDS", (5, 2))
+    server.offer("/target", Answer(b"bytes"))
+    url = server.offer("/f", moved("/target", stall=0, announce=1, chunked=chunked))  # whoever reads it waits
+    assert find_images([url], archives)[0][0].read() == b"bytes"
 
 
 @pytest.mark.parametrize(
@@ -368,6 +376,16 @@ def test_a_server_that_drips_is_given_up(server, archives, monkeypatch):
     monkeypatch.setattr(inputs, "MAX_DOWNLOAD_SECONDS", 0.0)
     ((file,), _) = find_images([server.offer("/f", Answer(b"x" * 9))], archives)
     with pytest.raises(UnreadableError, match="does not come within 0 seconds, the limit of a download"):
+        file.read()
+    with pytest.raises(UnreadableError, match="does not come within 0 seconds"):  # nor does its thread read on
+        inputs._fetch(file.name, deadline=0.0)
+
+
+@pytest.mark.parametrize("answer", [Answer(b"x", drip=True), moved("/f", drip=True)])
+def test_a_server_that_drips_its_headers_is_given_up(server, archives, monkeypatch, answer):
+    monkeypatch.setattr(inputs, "MAX_DOWNLOAD_SECONDS", 0.1)
+    ((file,), _) = find_images([server.offer("/f", answer)], archives)
+    with pytest.raises(UnreadableError, match=r"does not come within 0\.1 seconds, the limit of a download"):
         file.read()
 
 

@@ -436,6 +436,12 @@ def test_redirects_are_followed_and_the_range_goes_with_them(server, bring, got)
     assert server.ranges("/real") == [None, REST]
 
 
+def test_the_body_of_a_redirect_is_not_read(server, bring, got):
+    server.offer("/real", GOOD)
+    bring(server.offer("/f", Answer(status=302, headers={"Location": "/real"}, stall=0, announce=1)))
+    assert got()
+
+
 def test_redirect_without_end(server, bring):
     url = server.offer("/f", Answer(status=302, headers={"Location": "/f"}))
     assert "redirects without end" in refused(lambda: bring(url))

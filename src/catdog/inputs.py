@@ -11,13 +11,15 @@ import re
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from catdog import paths
@@ -301,14 +303,34 @@ def download_picture(url: str) -> bytes:
     Raises:
         UnreadableError: it cannot be reached, is refused, too large, too slow, cut off, or a web page.
     """
+    deadline = time.monotonic() + MAX_DOWNLOAD_SECONDS
+    fetched: Future[bytes] = Future()
+
+    def fetch() -> None:
+        try:
+            fetched.set_result(_fetch(url, deadline))
+        except BaseException as error:
+            fetched.set_exception(error)
+
+    # requests limits the silence between two bytes, not all of it: names, headers and redirects may come a byte now
+    # and then. A thread of its own can be left behind; it ends with its server or with this process.
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        return fetched.result(MAX_DOWNLOAD_SECONDS)
+    except TimeoutError:
+        raise _too_slow() from None
+
+
+def _fetch(url: str, deadline: float) -> bytes:
     import requests
     import urllib3
 
     headers = {"Accept-Encoding": "identity"}  # unpacked as it comes, a small answer could have any size
+    hooks = {"response": _close_redirect}
     try:
         # The only kinds of address that requests knows are http and https.
-        with requests.get(url, headers=headers, stream=True, timeout=_SILENCE_SECONDS) as answer:
-            return _body(answer)
+        with requests.get(url, headers=headers, stream=True, timeout=_SILENCE_SECONDS, hooks=hooks) as answer:
+            return _body(answer, deadline)
     except requests.exceptions.InvalidSchema:
         raise UnreadableError("the server redirects to something other than http or https") from None
     except requests.TooManyRedirects:
@@ -325,13 +347,18 @@ def download_picture(url: str) -> bytes:
         raise UnreadableError("the address is not valid") from None
 
 
-def _body(answer: requests.Response) -> bytes:
+def _close_redirect(answer: requests.Response, **_: Any) -> None:
+    # Otherwise requests reads its body, of any size, before it goes on, also where it is not to follow.
+    if answer.is_redirect:
+        answer.close()
+
+
+def _body(answer: requests.Response, deadline: float) -> bytes:
     if answer.status_code != 200:
         raise UnreadableError(f"the server answers {answer.status_code} {answer.reason or ''}".rstrip())
     kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind in ("text/html", "application/xhtml+xml"):
         raise UnreadableError("is a web page; give the address of the picture in it")
-    deadline = time.monotonic() + MAX_DOWNLOAD_SECONDS
     data = bytearray()
     # As it comes, without waiting for a whole piece: a slow answer could not be given up.
     while piece := answer.raw.read1(1 << 16, decode_content=False):
@@ -339,8 +366,12 @@ def _body(answer: requests.Response) -> bytes:
         if len(data) > MAX_DOWNLOAD_BYTES:
             raise UnreadableError(f"is larger than {MAX_DOWNLOAD_BYTES / 1e6:g} MB, the limit of a download")
         if time.monotonic() > deadline:
-            raise UnreadableError(f"does not come within {MAX_DOWNLOAD_SECONDS:g} seconds, the limit of a download")
+            raise _too_slow()
     return bytes(data)
+
+
+def _too_slow() -> UnreadableError:
+    return UnreadableError(f"does not come within {MAX_DOWNLOAD_SECONDS:g} seconds, the limit of a download")
 
 
 def _first_cause(error: BaseException) -> str:

@@ -381,15 +381,18 @@ def _ask(method: str, url: str, headers: dict[str, str], times: tuple[float, flo
             stream=True,
             timeout=times,
             allow_redirects=True,
-            hooks={"response": _refuse_downgrade},
+            hooks={"response": _leave_redirect},
         )
     with response:
         yield response
 
 
-def _refuse_downgrade(response: requests.Response, **_: Any) -> None:
-    location = urljoin(response.url, response.headers.get("Location", ""))
-    if response.is_redirect and urlsplit(response.url).scheme == "https" and urlsplit(location).scheme == "http":
+def _leave_redirect(response: requests.Response, **_: Any) -> None:
+    if not response.is_redirect:
+        return
+    response.close()  # otherwise requests reads its body, of any size, before it goes on
+    location = urljoin(response.url, response.headers["Location"])
+    if urlsplit(response.url).scheme == "https" and urlsplit(location).scheme == "http":
         raise _Refused("it redirects from https to http, where anyone on the way can change the file")
 
 
