@@ -108,6 +108,18 @@ def test_links_are_followed_but_not_in_circles(tmp_path, archives):
     assert [file.read() for file in files] == [b"0", b"1"]
 
 
+@pytest.mark.parametrize("given", ["p", "p/*", "p/*.jpg", "**/*.jpg"])
+def test_a_dangling_link_fails_by_itself(tmp_path, archives, monkeypatch, given):
+    fill(tmp_path, {"p/1.jpg": b"1"})
+    (tmp_path / "p/0.jpg").symlink_to("absent")
+    monkeypatch.chdir(tmp_path)
+    files, others = find_images([given], archives)
+    assert ([file.name for file in files], others) == (["p/0.jpg", "p/1.jpg"], [])
+    with pytest.raises(FileNotFoundError):
+        files[0].read()
+    assert files[1].read() == b"1"
+
+
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])
 def test_tar_archives_are_read_like_zip_archives(tmp_path, archives, suffix):
     members = {"p/b.jpg": b"2", "p/a.png": b"1", "._a.png": b"0", "readme.txt": b"0"}

@@ -190,7 +190,8 @@ def _from_pattern(pattern: str, archives: contextlib.ExitStack) -> _Found:
     matches = sorted(match for match in found if not is_hidden(Path(match).name))
     for match in matches:
         path = Path(match)
-        if path.is_file() and _archive_kind(path) is None:
+        # A dangling link is no mistake in the pattern: it fails by itself when it is read, as in a folder.
+        if not path.exists() or (path.is_file() and _archive_kind(path) is None):
             files, passed = _by_ending([ImageFile(readable(path), path.read_bytes)])
         else:
             files, passed = _find(match, archives)
