@@ -415,6 +415,24 @@ def test_packages_are_compared_with_the_lock_file(root):
     assert only(check_packages(root)) == ("ok", "1 packages as requirements-gpu.lock names them")
 
 
+@pytest.mark.parametrize("metadata", [None, "", "Metadata-Version: 2.1\n"])
+def test_a_package_that_was_installed_in_part_is_told(root, tmp_path, monkeypatch, metadata):
+    (root / "requirements.lock").write_text(f"numpy=={importlib.metadata.version('numpy')}\nno-such-a==1.0\n")
+    folder = tmp_path / "site" / "numpy-1.0.dist-info"
+    folder.mkdir(parents=True)
+    if metadata is not None:
+        (folder / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(folder.parent)
+    broken, missing = check_packages(root)
+    assert broken.level == "warning"
+    assert broken.text.startswith(f"1 package installed in part ({folder}); remove what is named there, then `make se")
+    assert missing.text.startswith("1 package missing (no-such-a); ")
+    folder.rename(folder.with_name("dvc-1.0.dist-info"))
+    assert [finding.text for finding in check_programs(root) if finding.level == "problem"] == [
+        "DVC is not installed; `make setup` installs it"
+    ]
+
+
 def test_the_python_that_stages_call_is_this_one(root, tmp_path, monkeypatch):
     assert only(check_python(root))[0] == "ok"
     other = tmp_path / "bin" / "python"

@@ -135,11 +135,22 @@ def check_packages(root: Path) -> list[Finding]:
             requirement = Requirement(line.rstrip("\\ "))
             if requirement.marker is None or requirement.marker.evaluate():
                 wanted[canonicalize_name(requirement.name)] = next(iter(requirement.specifier)).version
-    have = {canonicalize_name(found.name): found.version for found in importlib.metadata.distributions()}
+    have, broken = {}, []
+    for found in importlib.metadata.distributions():
+        try:
+            have[canonicalize_name(found.name)] = found.version
+        except Exception:  # without METADATA, or with a part of it, each version of Python raises something else
+            broken.append(str(getattr(found, "_path", found)))
     missing = sorted(name for name in wanted if name not in have)
     other = sorted(name for name in wanted if name in have and have[name] != wanted[name])
     findings = []
     advice = f"`make setup{' GPU=1' if gpu else ''}` installs what {lock.name} names"
+    if broken:
+        number = _plural(len(broken), "package")
+        few = _few(sorted(broken))
+        findings.append(
+            Finding("warning", f"{number} installed in part ({few}); remove what is named there, then {advice}")
+        )
     if missing:
         few = _few(missing)
         findings.append(Finding("warning", f"{_plural(len(missing), 'package')} missing ({few}); {advice}"))
@@ -163,9 +174,12 @@ def check_programs(root: Path) -> list[Finding]:
         else Finding("problem", f"git does not run ({git.text}); install it with the system's package manager")
     ]
     for package, name in (("dvc", "DVC"), ("mlflow", "MLflow"), ("keras", "Keras")):
-        try:
-            findings.append(Finding("ok", f"{name} {importlib.metadata.version(package)}"))
-        except importlib.metadata.PackageNotFoundError:
+        version = None
+        with contextlib.suppress(Exception):  # not there, or in part as in `check_packages`
+            version = importlib.metadata.version(package)
+        if version:
+            findings.append(Finding("ok", f"{name} {version}"))
+        else:
             findings.append(Finding("problem", f"{name} is not installed; `make setup` installs it"))
     return findings
 
