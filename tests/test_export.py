@@ -304,6 +304,21 @@ def test_what_is_there_is_replaced_only_where_asked(project, capsys):
     assert json.loads(target.with_name(target.name + ".json").read_text())["check"] is None
 
 
+def test_a_file_in_the_place_of_the_report_is_replaced_only_where_asked(project, capsys):
+    own = project / "cats.json"
+    own.write_text("mine")
+    options = ("--format", "saved_model", "--no-check", "-o", "cats")
+    assert catdog_export(*options) == 2
+    assert "cats.json, where the report of the export goes, exists already; --force replaces it, -o" in told(capsys)
+    assert own.read_text() == "mine"
+    assert not (project / "cats").exists()
+    assert catdog_export(*options, "--force") == 0
+    assert json.loads(own.read_text())["export"] == "cats"
+    (project / "dogs.json").mkdir()
+    assert catdog_export("--format", "saved_model", "-o", "dogs", "--force") == 2
+    assert "dogs.json, where the report of the export goes, is a folder; -o names another place" in told(capsys)
+
+
 def test_a_folder_that_is_no_export_is_never_replaced(project, capsys):
     for format_ in ("onnx", "openvino"):
         assert catdog_export("--format", format_, "-o", project / "models", "--force") == 2

@@ -135,6 +135,14 @@ def _require_free(target: Path, format_: Format, force: bool) -> None:
         raise CatdogError(f"-o {target} is a file, and {format_} is written as a folder; give another name")
     if target.exists() and not force:
         raise CatdogError(f"{target} exists already; --force replaces it, -o names another place")
+    report = _report_of(target)
+    if report.is_dir():
+        raise CatdogError(f"{report}, where the report of the export goes, is a folder; -o names another place")
+    if report.exists() and not force:
+        raise CatdogError(
+            f"{report}, where the report of the export goes, exists already; "
+            "--force replaces it, -o names another place"
+        )
 
 
 def _require_data_of(info: ModelInfo, data: Path, check: bool, precision: Precision) -> None:
