@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,12 +18,14 @@ from benchmarks.figure import draw
 from benchmarks.limits import STEPS, measure_limits
 from benchmarks.pictures import collect_archives, write_generated, write_photographs
 from benchmarks.pipeline import make_finished, measure_again, measure_pipeline
-from benchmarks.project import Project, new_project
+from benchmarks.project import ROOT, Project, new_project, write_params
 from benchmarks.recipes import EPOCHS
 from benchmarks.results import Results, collect_facts
 from benchmarks.scale import PARAMS, measure_near_duplicates, measure_scale
 from benchmarks.tables import render
 from benchmarks.tutorial import measure_recipes, write_folders
+from catdog import paths
+from catdog.config import load_params
 from catdog.errors import CatdogError
 from catdog.files import read_json, require_disk_space, write_text
 
@@ -104,11 +107,26 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parse_params(given: list[str]) -> dict[str, Any]:
+    """Raises CatdogError unless params.yaml has each name, and may have each value."""
+    values = {}
+    known = load_params(ROOT / paths.PARAMS).flat()
     for text in given:
-        if "=" not in text:
+        name, equals, value = text.partition("=")
+        if not equals:
             raise CatdogError(f"PARAMS has {text!r}; write it as name=value, like augment.views=3")
-    pairs = (text.split("=", 1) for text in given)
-    return {name: yaml.safe_load(value) for name, value in pairs}
+        if name not in known:
+            raise CatdogError(
+                f"PARAMS has {name!r}, which {paths.PARAMS} has not; write it as there, like augment.views=3"
+            )
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise CatdogError(f"PARAMS has {text!r}, whose value is no YAML; write it as in {paths.PARAMS}") from None
+    with tempfile.TemporaryDirectory(prefix="catdog-bench-") as folder:
+        changed = Path(shutil.copy(ROOT / paths.PARAMS, folder))
+        write_params(changed, values)
+        load_params(changed)
+    return values
 
 
 def _measure(results: Results, work: Workplace, options: argparse.Namespace, scale: list[int]) -> None:

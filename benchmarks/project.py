@@ -150,7 +150,7 @@ def new_project(folder: Path, params: Mapping[str, Any]) -> Project:
         if (ROOT / name).is_file() and name != "dvc.lock":
             (project.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, project.root / name)
-    _write_params(project.root / "params.yaml", params)
+    write_params(project.root / "params.yaml", params)
     python = project.home / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{USAGE}" "$BENCHMARK_LOG" "{sys.executable}" "$@"\n')
@@ -161,7 +161,8 @@ def new_project(folder: Path, params: Mapping[str, Any]) -> Project:
     return project
 
 
-def _write_params(path: Path, values: Mapping[str, Any]) -> None:
+def write_params(path: Path, values: Mapping[str, Any]) -> None:
+    """Changes values of a params.yaml, by the dotted names that it has."""
     yaml = YAML()
     tree = yaml.load(path)
     for name, value in values.items():

@@ -281,13 +281,28 @@ def test_growth_of_a_line_is_not_above_one():
     assert math.isclose(exponent([10, 100], [10 + 10, 10 + 100]), math.log10(110 / 20))
 
 
-def test_too_few_images_are_refused_in_one_sentence():
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--counts", "20"], "20 images are too few to be measured; use 100 or more"),
+        (["--set-param", "views"], "PARAMS has 'views'; write it as name=value, like augment.views=3"),
+        (
+            ["--set-param", "foo.bar=1"],
+            "PARAMS has 'foo.bar', which params.yaml has not; write it as there, like augment.views=3",
+        ),
+        (["--set-param", "seed.x=1"], "PARAMS has 'seed.x', which params.yaml has not; write it as there, like"),
+        (["--set-param", "train.hidden_units=[1"], "PARAMS has 'train.hidden_units=[1', whose value is no YAML; write"),
+        (["--set-param", "seed=3", "augment.views=-1"], "params.yaml: augment.views = -1: "),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once_in_one_sentence(arguments, told):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--counts", "20"],
+        [sys.executable, "-m", "benchmarks", *arguments],
         cwd=project.ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "bench: 20 images are too few to be measured; use 100 or more\n"
+    assert done.stderr.startswith(f"bench: {told}")
+    assert done.stderr.count("\n") == 1
