@@ -289,6 +289,12 @@ def test_what_makes_numbers_too_good_or_unfair_is_told():
     assert "200 training images of cat, 50 of dog" in only(
         sentences("check", facts=facts | {"counts": counts}), "in size"
     )
+    uneven = [one for one in findings(make_content(facts=facts | {"counts": counts})) if "in size" in one.text]
+    assert [one.command for one in uneven] == ["dvc exp run -S train.class_weights=balanced"]
+    content = make_content(facts=facts | {"counts": counts}, params={"train.class_weights": "balanced"})
+    (balanced,) = [one for one in findings(content) if "in size" in one.text]
+    assert balanced.text.endswith("50 of dog. The balanced accuracy counts them alike.")
+    assert balanced.command == ""
     assert only(sentences(), "drawn by a program")
     assert none(sentences(facts=facts | {"dataset": "microsoft"}), "drawn by a program")
 

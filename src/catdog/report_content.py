@@ -412,12 +412,18 @@ def _data(content: ReportContent) -> Iterable[Finding]:
     train = {name: count for name, count in sorted(facts["counts"]["train"].items()) if count}
     if train and max(train.values()) > _IMBALANCE * min(train.values()):
         rare, common = min(train, key=train.__getitem__), max(train, key=train.__getitem__)
-        yield Finding(
-            "check",
+        sizes = (
             f"The classes differ in size: {_plural(train[common], 'training image')} of {common}, {train[rare]:,} of "
-            f"{rare}. The balanced accuracy counts them alike; this lets rare classes count for more in training:",
-            "dvc exp run -S train.class_weights=balanced",
+            f"{rare}. The balanced accuracy counts them alike"
         )
+        if content.params.train.class_weights == "balanced":
+            yield Finding("check", f"{sizes}.")
+        else:
+            yield Finding(
+                "check",
+                f"{sizes}; this lets rare classes count for more in training:",
+                "dvc exp run -S train.class_weights=balanced",
+            )
     if facts["rejected"]:
         yield Finding("note", f"{_plural(facts['rejected'], 'file')} rejected; reports/rejected.csv says why.")
 
