@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import subprocess
 import sys
@@ -14,7 +15,17 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from catdog.compared_runs import parse_predictions
+from catdog.comparison import ComparedRun, compare, format_text
+from catdog.config import PromoteParams
+from catdog.evaluation import LabelledPredictions, compute_metrics, prediction_table
 from catdog.evaluation_page import embed_picture, embed_pictures, render_report, write_report
+from catdog.evaluation_pictures import choose_galleries, collect_galleries, draw_gallery, draw_tables
+from catdog.evaluation_tables import evaluation_tables, robustness_table
+from catdog.feature_map import feature_table
+from catdog.gate import Candidate, check, failures
+from catdog.images import encode_jpeg
+from catdog.model_card import render_model_card
 from catdog.report_content import (
     METRIC_NAMES,
     calibration_error,
@@ -514,3 +525,70 @@ def test_slice_table_of_the_sample_is_as_the_stage_writes_it():
     from catdog.slices import COLUMNS
 
     assert set(slice_table(("aspect", "x", 60, 1, False)).columns) == set(COLUMNS)
+
+
+# A test split of one class, as folders and split.file can give it: nothing can be ranked, and all the rest holds.
+
+
+def judged_alone(names, label, wrong, images=40) -> LabelledPredictions:
+    """Images of class `label` alone, of which the first `wrong` are called another class."""
+    confidence = np.linspace(0.6, 0.99, images, dtype=np.float32)
+    probabilities = np.repeat((1 - confidence)[:, np.newaxis] / (len(names) - 1), len(names), axis=1)
+    predicted = np.where(np.arange(images) < wrong, (label + 1) % len(names), label)
+    probabilities[np.arange(images), predicted] = confidence
+    paths = tuple(f"test/{names[label]}/{number}.jpg" for number in range(images))
+    return LabelledPredictions(paths, np.full(images, label), probabilities, names, 0.5)
+
+
+@pytest.mark.parametrize("wrong", [0, 3, 40])
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("names", [("cat", "dog"), ("cat", "dog", "fox")])
+@pytest.mark.filterwarnings("error")
+def test_a_test_split_of_one_class_goes_all_the_way(tmp_path, names, label, wrong):
+    judged = judged_alone(names, label, wrong)
+    manifest = pd.DataFrame(
+        {"path": judged.paths, "width": 30, "height": 20, "brightness": 9.0, "format": "JPEG", "group": range(40)}
+    )
+    blur = np.ones(40, np.float32)
+    tables = evaluation_tables(judged, manifest, blur, temperature=1.5, resamples=50, seed=1)
+    positions = np.arange(0, 40, 2)
+    tables["features"] = feature_table(judged, positions, np.zeros((20, 2), np.float32))
+    tables["corruptions"] = robustness_table(
+        np.zeros((20, 8, 8, 3), np.uint8),
+        positions,
+        judged,
+        lambda batches: np.full(sum(map(len, batches)), label),
+        seed=1,
+        batch_size=20,
+    )
+    pictures = draw_tables(tables, judged, tmp_path)
+    dot = encode_jpeg(np.zeros((8, 8, 3), np.uint8), 95)
+    for gallery in collect_galleries(
+        judged, choose_galleries(judged, 4), lambda _: dot, make_content(names).info, None
+    ):
+        pictures |= draw_gallery(gallery, tmp_path)
+    tables["predictions"] = prediction_table(judged)
+
+    found = compute_metrics(judged)
+    low, high = tables["metrics"].set_index("metric").loc["accuracy", ["low", "high"]]
+    metrics = json.loads(json.dumps(found | {"accuracy_low": low, "accuracy_high": high, "test_images": 40}))
+    assert (found["accuracy"], found["pr_auc"], "roc_auc" in found) == (1 - wrong / 40, 1, False)
+    content = replace(make_content(names), tables=tables, metrics=metrics, pictures=pictures)
+    page = Page(render_report(content))
+    assert "n/a ROC AUC" in page.text
+    absent = sorted(set(names) - {names[label]})
+    assert f"Without a test image, so that nothing is known: {' and '.join(absent)}." in page.text
+    assert [row[0] for row in page.rows("metric")] == [METRIC_NAMES[name][0] for name in found]
+    assert "ROC AUC" not in render_model_card(content)
+
+    # What `catdog compare` and the gate read of it.
+    text = tables["predictions"].to_csv(index=False)
+    one, other = (ComparedRun(name, {}, metrics, parse_predictions(text, name)) for name in ("one", "other"))
+    comparison = compare([one, other], resamples=50)
+    assert "roc_auc" not in comparison.metrics
+    assert "roc_auc" not in format_text(comparison)
+    candidate = Candidate(other, 0, 9_600_000, 20.0, ())
+    policy = PromoteParams(min_accuracy=0, max_ece=1)
+    assert failures(check(candidate, one, policy)) == []
+    (failed,) = failures(check(candidate, one, policy.model_copy(update={"min_roc_auc": 0.9})))
+    assert failed.sentence.startswith("no metric roc_auc is reported, at least 0.9 is asked; reported are accuracy")

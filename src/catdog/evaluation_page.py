@@ -153,7 +153,7 @@ def _tiles(content: ReportContent) -> list[dict[str, str]]:
             "note": metric_range("accuracy", metrics["accuracy_low"], metrics["accuracy_high"]),
         },
         {"value": metric_value("log_loss", metrics["log_loss"]), "name": "log loss", "note": "0 is perfect"},
-        {"value": metric_value("roc_auc", metrics["roc_auc"]), "name": "ROC AUC", "note": "1 is perfect"},
+        {"value": metric_value("roc_auc", metrics.get("roc_auc")), "name": "ROC AUC", "note": "1 is perfect"},
         {"value": metric_value("ece", metrics["ece"]), "name": "calibration error", "note": "0 is perfect"},
         {
             "value": f"{content.test_images:,}",
