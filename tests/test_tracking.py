@@ -1,5 +1,6 @@
 """What the pipeline writes into MLflow, in every way of running it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,10 +10,13 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import pytest
+from ruamel.yaml import YAML
 
 from catdog.config import load_params
+from catdog.errors import CatdogError
 from catdog.tracking import dvc_hash, nothing_follows
-from conftest import STAGES, stages_run
+from catdog.tracking import stage as stage_run
+from conftest import REPOSITORY, STAGES, Store, stages_run
 
 TEST_METRICS = {
     *("accuracy", "accuracy_low", "accuracy_high", "balanced_accuracy", "precision", "recall", "f1", "roc_auc"),
@@ -291,6 +295,90 @@ def test_experiment_from_the_cache_has_the_numbers_of_the_first(experiments):
     first, again = (experiments.store().parent_named(name).data.metrics for name in ("vgg16", "again"))
     own = {"track.seconds", "track.peak_memory_mb"}
     assert {k: v for k, v in first.items() if k not in own} == {k: v for k, v in again.items() if k not in own}
+
+
+# An experiment that is run again under its name
+
+
+@pytest.fixture
+def attempt(monkeypatch, tmp_path):
+    """Runs a stage of the experiment `foo` in this process, with parameters of its own; gives the store."""
+    for name in [name for name in os.environ if name.startswith(("DVC_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    for name, value in {"DVC_ROOT": tmp_path, "DVC_EXP_NAME": "foo", "DVC_EXP_BASELINE_REV": "0" * 40}.items():
+        monkeypatch.setenv(name, str(value))
+    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def attempt(name, *, rate, mistake=None, meanwhile=None):
+        tree = YAML().load(REPOSITORY / "params.yaml")
+        tree["train"]["learning_rate"] = rate
+        YAML().dump(tree, tmp_path / "params.yaml")
+        with contextlib.suppress(SystemExit), stage_run(name):
+            if meanwhile:
+                meanwhile()
+            if mistake:
+                raise CatdogError(mistake)
+        return Store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+    return attempt
+
+
+def parents_of_attempts(store):
+    """The learning rate and the status of each parent, and the stages in it, oldest first."""
+    return [
+        (
+            run.data.params.get("train.learning_rate"),
+            run.info.status,
+            [child.info.run_name for child in store.children(run)],
+        )
+        for run in store.parents()
+    ]
+
+
+def test_experiment_that_failed_has_another_parent_for_other_parameters(attempt, capsys):
+    attempt("preprocess", rate=5)
+    attempt("embed", rate=5, mistake="the training diverged")
+    attempt("embed", rate=0.001)
+    assert capsys.readouterr().err == "catdog embed: the training diverged\n"
+    store = attempt("train", rate=0.001)
+    assert parents_of_attempts(store) == [
+        ("5.0", "FAILED", ["preprocess", "embed"]),
+        ("0.001", "SCHEDULED", ["embed", "train"]),
+    ]
+    assert {run.info.run_name for run in store.parents()} == {"foo"}
+
+
+def test_experiment_goes_on_with_the_parent_of_its_parameters(attempt):
+    attempt("embed", rate=5, mistake="the training diverged")
+    attempt("embed", rate=0.001, mistake="stopped")
+    assert parents_of_attempts(attempt("embed", rate=5)) == [
+        ("5.0", "SCHEDULED", ["embed", "embed"]),
+        ("0.001", "FAILED", ["embed"]),
+    ]
+
+
+def test_experiment_left_going_on_with_other_parameters_is_killed(attempt):
+    attempt("preprocess", rate=5)
+    assert parents_of_attempts(attempt("preprocess", rate=0.001)) == [
+        ("5.0", "KILLED", ["preprocess"]),
+        ("0.001", "SCHEDULED", ["preprocess"]),
+    ]
+
+
+def test_two_experiments_of_one_name_at_once_keep_apart(attempt):
+    # As two `dvc exp run --temp -n foo` do: the stages of the second one come between those of the first.
+    attempt("preprocess", rate=5, meanwhile=lambda: attempt("preprocess", rate=0.001))
+    attempt("embed", rate=0.001, meanwhile=lambda: attempt("embed", rate=5))
+    assert parents_of_attempts(attempt("train", rate=5)) == [
+        ("5.0", "SCHEDULED", ["preprocess", "embed", "train"]),
+        ("0.001", "SCHEDULED", ["preprocess", "embed"]),
+    ]
+
+
+def test_parent_of_a_mistake_in_the_parameters_is_that_of_the_mended_ones(attempt):
+    attempt("train", rate="fast")
+    assert parents_of_attempts(attempt("train", rate=0.001)) == [("0.001", "SCHEDULED", ["train", "train"])]
 
 
 # The store

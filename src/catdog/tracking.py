@@ -566,20 +566,21 @@ def pipeline_place(root: Path) -> str:
 def _open_parent(client: MlflowClient, root: Path, params: Params | None, stage_name: str) -> tuple[str, str]:
     """Finds or creates the parent run of this pipeline run; returns its identifier and its experiment's.
 
-    One that did not finish is taken up again, whether it waits for its next stage, failed or was killed; one that
-    FINISHED belongs to an earlier
-    pipeline run with the same parameters, so this one gets its own. Only `track` takes up one that ended with
-    the last stage before it.
+    One with the same parameters that did not finish is taken up again, whether it waits for its next stage, failed
+    or was killed; one that FINISHED belongs to an earlier pipeline run with the same parameters, so this one gets its
+    own. Only `track` takes up one that ended with the last stage before it.
+
+    DVC lets an experiment that failed be run again under its name with other parameters. Those get a parent of their
+    own, and what was left going on under that name is marked KILLED.
     """
     key, name = pipeline_key(root)
     experiment = client.get_experiment_by_name(experiment_name())
     found = client.search_runs(
-        [experiment.experiment_id],
-        f"tags.`{KEY_TAG}` = '{key}'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
+        [experiment.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", order_by=["attributes.start_time DESC"]
     )
-    parent = found[0] if found else None
+    wanted = None if params is None else _stored(params.flat())
+    # Without parameters, of a params.yaml with a mistake, nobody can tell; one that has none yet may be anyone's.
+    parent = next((run for run in found if wanted is None or run.data.params in ({}, wanted)), None)
     if parent is not None and parent.info.status == "FINISHED":
         awaits = stage_name == "track" and parent.data.tags.get(AWAITS_TRACK_TAG) == "true"
         parent = parent if awaits else None
@@ -592,6 +593,10 @@ def _open_parent(client: MlflowClient, root: Path, params: Params | None, stage_
                 going_on = f"tags.`{PLACE_TAG}` = '{place}' and attributes.status = '{status}'"
                 for stale in client.search_runs([experiment.experiment_id], going_on):
                     client.set_terminated(stale.info.run_id, "KILLED")
+        # One that another process is at work on, by `dvc exp run --temp`, takes itself up again with its next stage.
+        for stale in found:
+            if stale.info.status in ("RUNNING", BETWEEN_STAGES):
+                client.set_terminated(stale.info.run_id, "KILLED")
         tags = {KEY_TAG: key, **_context_tags()}
         if "DVC_EXP_NAME" not in os.environ:
             tags[PLACE_TAG] = place
@@ -648,9 +653,14 @@ def _log(
     client.log_batch(
         run_id,
         metrics=[Metric(name, float(value), now, 0) for name, value in (metrics or {}).items()],
-        params=[Param(name, value[:6000]) for name, value in (params or {}).items()],
+        params=[Param(name, value) for name, value in _stored(params or {}).items()],
         tags=[RunTag(name, value) for name, value in (tags or {}).items()],
     )
+
+
+def _stored(params: Mapping[str, str]) -> dict[str, str]:
+    """Parameters as the store has them: it takes texts of 6,000 characters."""
+    return {name: value[:6000] for name, value in params.items()}
 
 
 CURVES = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
