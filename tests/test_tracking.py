@@ -10,8 +10,11 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import pytest
+from mlflow.exceptions import MlflowException
 from ruamel.yaml import YAML
+from sqlalchemy.engine import make_url
 
+from catdog import housekeeping, tracking
 from catdog.config import load_params
 from catdog.errors import CatdogError
 from catdog.tracking import dvc_hash, nothing_follows
@@ -305,21 +308,22 @@ def attempt(monkeypatch, tmp_path):
     """Runs a stage of the experiment `foo` in this process, with parameters of its own; gives the store."""
     for name in [name for name in os.environ if name.startswith(("DVC_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
-    for name, value in {"DVC_ROOT": tmp_path, "DVC_EXP_NAME": "foo", "DVC_EXP_BASELINE_REV": "0" * 40}.items():
-        monkeypatch.setenv(name, str(value))
-    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "0" * 40)
 
-    def attempt(name, *, rate, mistake=None, meanwhile=None):
+    def attempt(name, *, rate, mistake=None, meanwhile=None, root=tmp_path, experiment="foo"):
+        monkeypatch.setenv("DVC_ROOT", str(root))
+        monkeypatch.setenv("DVC_EXP_NAME", experiment)
+        monkeypatch.chdir(root)
+        shutil.copy(REPOSITORY / "dvc.yaml", root)
         tree = YAML().load(REPOSITORY / "params.yaml")
         tree["train"]["learning_rate"] = rate
-        YAML().dump(tree, tmp_path / "params.yaml")
+        YAML().dump(tree, root / "params.yaml")
         with contextlib.suppress(SystemExit), stage_run(name):
             if meanwhile:
                 meanwhile()
             if mistake:
                 raise CatdogError(mistake)
-        return Store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        return Store(tracking.store_uri(root))
 
     return attempt
 
@@ -382,6 +386,50 @@ def test_parent_of_a_mistake_in_the_parameters_is_that_of_the_mended_ones(attemp
 
 
 # The store
+
+
+@pytest.mark.parametrize("name", ["it's", "a%20b", 'q?x #"\\'])
+def test_any_folder_can_hold_the_repository(attempt, tmp_path, monkeypatch, name):
+    root = tmp_path / name
+    root.mkdir()
+    attempt("embed", rate=1, root=root, experiment="all'", mistake="stopped")
+    store = attempt("embed", rate=1, root=root, experiment="all'")
+    assert parents_of_attempts(store) == [("1.0", "SCHEDULED", ["embed", "embed"])]
+    assert store.parents()[0].data.tags["pipeline.key"] == tracking.experiment_key(root, "0" * 40, "all'")
+    monkeypatch.delenv("DVC_EXP_NAME")
+    for page in ("src", "stages"):
+        (root / page).mkdir()
+        with contextlib.suppress(SystemExit), stage_run("embed"):
+            (root / page / "new.py").touch()  # the code is edited under it
+    assert [run.info.status for run in store.parents()] == ["SCHEDULED", "KILLED", "SCHEDULED"]
+    assert artifact(store.parents()[0], "") == root / "mlruns" / store.parents()[0].info.run_id / "artifacts"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert sorted(path.name for path in root.glob("*mlflow*")) == ["mlflow.db"]
+    assert (root / ".dvc/tmp/mlflow.lock").exists()
+    assert tracking.database_path(tracking.store_uri(root)) == root / "mlflow.db"
+    failed, _ = store.children(store.parents()[0])
+    store.client.delete_run(failed.info.run_id)
+    housekeeping.remove(root, housekeeping.find_runs(root, days=0))
+    with pytest.raises(MlflowException, match="not found"):
+        store.client.get_run(failed.info.run_id)
+
+
+@pytest.mark.parametrize(
+    ("uri", "path", "used"),
+    [
+        ("", "/a b/mlflow.db", "sqlite:////a b/mlflow.db"),
+        ("sqlite:///runs/my%20db?timeout=9", "/a b/runs/my db", "sqlite:////a b/runs/my db?timeout=9"),
+        ("sqlite:////c%3Fd/mlflow.db", "/c?d/mlflow.db", "sqlite:////c%3Fd/mlflow.db"),
+        ("sqlite+pysqlite:///e%3Ff", "/a b/e?f", "sqlite+pysqlite:////a b/e%3Ff"),
+        ("postgresql://host/a", None, "postgresql://host/a"),
+    ],
+)
+def test_a_database_is_where_sqlalchemy_decodes_it(monkeypatch, uri, path, used):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking.store_uri(Path("/a b")) == used
+    assert tracking.database_path(used) == (path and Path(path))
+    if path:
+        assert make_url(used).database == path
 
 
 CONNECT = """

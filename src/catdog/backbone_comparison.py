@@ -465,7 +465,7 @@ def _read_report(root: Path, contender: Contender, commit: str, path: Path) -> d
 
 def _embed_rates(root: Path, experiments: Sequence[str]) -> dict[str, float]:
     """Images a second of embed by experiment, of those that MLflow knows; a store that cannot be used knows none."""
-    from catdog.tracking import KEY_TAG, StoreError, connect, experiment_name, pipeline_place
+    from catdog.tracking import KEY_TAG, StoreError, connect, experiment_key, experiment_name
 
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
         return {}
@@ -480,7 +480,7 @@ def _embed_rates(root: Path, experiments: Sequence[str]) -> dict[str, float]:
     for name in experiments:
         runs = client.search_runs(
             [store.experiment_id],
-            f"tags.`{KEY_TAG}` = '{pipeline_place(root)}:exp:{head}:{name}' and attributes.status = 'FINISHED'",
+            f"tags.`{KEY_TAG}` = '{experiment_key(root, head, name)}' and attributes.status = 'FINISHED'",
             order_by=["attributes.start_time DESC"],
             max_results=1,
         )

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -399,9 +400,10 @@ def check_store(root: Path) -> list[Finding]:
         if status >= 500:
             return [Finding("problem", f"{server} answers {status}; its log tells more")]
         return [Finding("ok", f"{server} answers")]
-    if not uri.startswith("sqlite:///"):
+    path = tracking.database_path(uri)
+    if path is None:
         return [Finding("ok", "MLFLOW_TRACKING_URI names a store of another kind, which is not checked")]
-    return [_check_database(Path(uri.removeprefix("sqlite:///")))]
+    return [_check_database(path)]
 
 
 def _check_database(path: Path) -> Finding:
@@ -415,7 +417,8 @@ def _check_database(path: Path) -> Finding:
     except sqlite3.Error as error:
         sound, have, runs = str(error), None, 0
     if sound != "ok" or have is None:
-        advice = f"bring back a copy, or move it away and the next run makes a new one: `mv {path} {path}-damaged`"
+        move = ["mv", str(path), f"{path}-damaged"]
+        advice = f"bring back a copy, or move it away and the next run makes a new one: `{shlex.join(move)}`"
         return Finding("problem", f"{path} is no sound tracking store ({sound}); {advice}")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow.store.db.utils import _get_latest_schema_revision
@@ -426,7 +429,7 @@ def _check_database(path: Path) -> Finding:
         return Finding(
             "problem",
             f"{path.name} has the layout {have[0]}, but MLflow {version} needs {needed}; copy it, then "
-            f"`mlflow db upgrade sqlite:///{path}`",
+            f"`mlflow db upgrade {shlex.quote(tracking.database_uri(path))}`",
         )
     return Finding("ok", f"{path.name} is sound and holds {_plural(runs, 'run')}")
 

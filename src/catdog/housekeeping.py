@@ -182,7 +182,7 @@ def _sql_store(root: Path) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    return SqlAlchemyStore(f"sqlite:///{root / STORE}", (root / ARTIFACTS).as_uri())
+    return SqlAlchemyStore(tracking.database_uri(root / STORE), (root / ARTIFACTS).as_uri())
 
 
 # Checkpoints of trainings and tunings
@@ -387,7 +387,7 @@ def _find_artifacts(root: Path, known: set[str], days: float) -> list[Item]:
     A store that MLFLOW_TRACKING_URI named may keep its artifacts there, too. Those are known of every database in
     the repository's root; with the variable set, nothing is found.
     """
-    if tracking.store_uri(root) != f"sqlite:///{root / STORE}":
+    if tracking.database_path(tracking.store_uri(root)) != root / STORE:
         return []
     for database in sorted(root.glob("*.db")):
         with contextlib.suppress(CatdogError), open_store(root, database.name) as store:

@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -33,7 +34,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from catdog import paths
 from catdog.config import Params, load_params
@@ -445,7 +446,7 @@ def connect(root: Path) -> MlflowClient:
         cause = _first_cause(error)
         if password := urlsplit(uri).password:
             cause = cause.replace(password, "***")
-        if uri.startswith("sqlite:"):
+        if uri.startswith("sqlite"):
             advice = "check the path, and that the file is a store of this version of MLflow on a disk that is not full"
         else:
             advice = "check that it can be reached"
@@ -459,17 +460,38 @@ def store_uri(root: Path) -> str:
     A relative path of a database starts at `root`, as in the copies of the repository in which DVC works for
     `dvc exp run --temp` and the queue, and which it deletes.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    database = uri.removeprefix("sqlite:///")
-    return f"sqlite:///{root / database}" if database != uri else uri
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return database_uri(root / "mlflow.db")
+    path = database_path(uri)
+    return uri if path is None or path.is_absolute() else database_uri(root / path) + _query(uri)
+
+
+def database_uri(path: Path) -> str:
+    """Returns the address of a database file, as SQLAlchemy decodes it."""
+    quoted = str(path).replace("%", "%25").replace("?", "%3F")
+    # By the plain name MLflow makes the folder of this text, quotes and all, beside the one that is meant.
+    return f"{'sqlite' if quoted == str(path) else 'sqlite+pysqlite'}:///{quoted}"
+
+
+def database_path(uri: str) -> Path | None:
+    """Returns the file of a store that is a database file, relative as in its address; None for every other store."""
+    found = re.fullmatch(r"sqlite(?:\+pysqlite)?:///([^?]*)(?:\?.*)?", uri)
+    return Path(unquote(found[1])) if found else None
+
+
+def _query(uri: str) -> str:
+    _, mark, query = uri.partition("?")
+    return mark + query
 
 
 def _store_lock(uri: str, root: Path) -> Path:
     """The file that keeps others on this machine from creating the same store."""
-    if uri == f"sqlite:///{root / 'mlflow.db'}":
+    path = database_path(uri)
+    if path == root / "mlflow.db":
         return root / ".dvc" / "tmp" / "mlflow.lock"
-    if uri.startswith("sqlite:///"):
-        return Path(f"{uri.removeprefix('sqlite:///')}.lock")
+    if path is not None:
+        return Path(f"{path}.lock")
     name = hashlib.sha256(uri.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"catdog-{os.getuid()}" / f"{name}.lock"
 
@@ -479,8 +501,8 @@ def _artifact_location(uri: str, root: Path) -> str | None:
 
     MLflow itself would fix the place from the working directory, which may be a copy that DVC deletes.
     """
-    if uri.startswith("sqlite:///"):
-        return (Path(uri.removeprefix("sqlite:///")).parent / "mlruns").as_uri()
+    if (path := database_path(uri)) is not None:
+        return (path.parent / "mlruns").as_uri()
     return (root / "mlruns").as_uri() if uri.startswith(tuple(_DATABASE_PORTS)) else None
 
 
@@ -543,10 +565,9 @@ def experiment_name() -> str:
 
 def pipeline_key(root: Path) -> tuple[str, str]:
     """Returns the key that the stages of one pipeline run share, and the run's name."""
-    place = pipeline_place(root)
     name = os.environ.get("DVC_EXP_NAME")
     if name:
-        return f"{place}:exp:{os.environ.get('DVC_EXP_BASELINE_REV', '')}:{name}", name
+        return experiment_key(root, os.environ.get("DVC_EXP_BASELINE_REV", ""), name), name
     digest = hashlib.sha256()
     for path in (
         paths.PARAMS,
@@ -555,12 +576,22 @@ def pipeline_key(root: Path) -> tuple[str, str]:
         *sorted(Path("stages").glob("*.py")),
     ):
         digest.update(f"{path}\0".encode() + path.read_bytes() + b"\0")
-    return f"{place}:repro:{digest.hexdigest()}", f"repro-{digest.hexdigest()[:7]}"
+    return f"{pipeline_place(root)}:repro:{digest.hexdigest()}", f"repro-{digest.hexdigest()[:7]}"
+
+
+def experiment_key(root: Path, baseline: str, name: str) -> str:
+    """Returns the key that the stages of a DVC experiment share, given the revision it starts from and its name."""
+    return f"{pipeline_place(root)}:exp:{baseline}:{_quotable(name)}"
 
 
 def pipeline_place(root: Path) -> str:
     """Returns what tells two copies of the repository apart that share one tracking server."""
-    return f"{socket.gethostname()}:{root}"
+    return f"{socket.gethostname()}:{_quotable(str(root))}"
+
+
+def _quotable(text: str) -> str:
+    """A text as it can stand in quotes in a filter of MLflow, whose grammar has no sign to escape a quote with."""
+    return re.sub(r"""[%'"\\]""", lambda sign: f"%{ord(sign[0]):02X}", text)
 
 
 def _open_parent(client: MlflowClient, root: Path, params: Params | None, stage_name: str) -> tuple[str, str]:
