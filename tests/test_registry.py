@@ -535,6 +535,14 @@ def test_store_that_is_down_is_told_before_anything_is_done_unless_it_is_not_req
     assert in_order(project) and mlflow_says(project) == {"champion": "v1.0.0"}
 
 
+def test_deleted_experiment_is_told_before_anything_is_done(project):
+    client = project.store().client
+    client.delete_experiment(client.get_experiment_by_name("catdog").experiment_id)
+    with pytest.raises(CatdogError, match="the MLflow experiment catdog was deleted"):
+        run_promote(project.root, None)
+    assert tags(project) == []
+
+
 def test_model_that_no_run_logged_is_logged_from_the_file(built, tmp_path, monkeypatch):
     project = tiny_registry.copy(built, tmp_path / "project", monkeypatch)
     run_promote(project.root, "better")

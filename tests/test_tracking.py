@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlparse
@@ -386,6 +388,29 @@ def test_parent_of_a_mistake_in_the_parameters_is_that_of_the_mended_ones(attemp
 
 
 # The store
+
+
+def test_a_deleted_experiment_is_told_with_the_command_that_restores_it(attempt, capsys, monkeypatch, tmp_path):
+    store = attempt("embed", rate=1)
+    (child,) = store.runs_of("embed")
+    store.client.delete_experiment(child.info.experiment_id)
+    attempt("embed", rate=1)
+    told = capsys.readouterr().err
+    assert told == (
+        "catdog embed: the MLflow experiment catdog was deleted; "
+        f"`MLFLOW_TRACKING_URI=sqlite:///{tmp_path}/mlflow.db mlflow experiments restore --experiment-id "
+        f"{child.info.experiment_id}` restores it, or set MLFLOW_EXPERIMENT_NAME to another name, or set "
+        "tracking.required to false to work without it\n"
+    )
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    attempt("embed", rate=1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    # The command works as it is told, from anywhere.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(told.split("`")[1], shell=True, cwd="/", env=os.environ | {"PATH": path}, check=True)
+    attempt("embed", rate=1)
+    assert parents_of_attempts(store) == [("1.0", "SCHEDULED", ["embed", "embed"])]
 
 
 @pytest.mark.parametrize("name", ["it's", "a%20b", 'q?x #"\\'])

@@ -606,6 +606,16 @@ def test_search_works_without_mlflow_where_it_may(root, monkeypatch, capsys):
     assert "working without MLflow" in capsys.readouterr().err
 
 
+def test_search_without_an_experiment_to_go_into(root, capsys):
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    client.delete_experiment(client.get_experiment_by_name("catdog").experiment_id)
+    with pytest.raises(CatdogError, match=r"the MLflow experiment catdog was deleted; `.*restore.*` restores it"):
+        search(root, method="random", trials=1)
+    set_params(root, {"tracking.required": False})
+    assert len(search(root, method="random", trials=1).trials) == 1
+    assert "working without MLflow" in capsys.readouterr().err
+
+
 # Mistakes
 
 

@@ -395,3 +395,16 @@ def test_a_picture_is_shown(page, shown, root):
     address = shown["runs"].partition("/#")[0]
     page.goto(f"{address}/#/experiments/{experiment}/runs/{run.info.run_id}/artifacts/evaluation/confusion.png")
     wait_until(lambda: page.locator("img[src^='blob:'], img[src*='confusion']").count())
+
+
+def test_a_deleted_experiment_is_told(tmp_path, monkeypatch, capsys):
+    for name in STEERING:
+        monkeypatch.delenv(name, raising=False)
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    monkeypatch.chdir(tmp_path)
+    client, experiment_id = client_of(tmp_path)
+    client.delete_experiment(experiment_id)
+    assert cli.main(["ui", "--port", str(free_port())]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("catdog: the MLflow experiment catdog was deleted; `MLFLOW_TRACKING_URI=sqlite:////")
+    assert f"mlflow experiments restore --experiment-id {experiment_id}` restores it" in told

@@ -72,7 +72,7 @@ from catdog.registry_tags import (
     try_git,
     write_tags,
 )
-from catdog.tracking import StoreError, connect
+from catdog.tracking import StoreError, connect, pipeline_experiment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -230,6 +230,8 @@ def _read_latency(root: Path, params: Params, commit: str) -> float | None:
     """Milliseconds for one picture, from the run of `evaluate` that judged the model."""
     try:
         client = open_store(root)
+        if client is not None:
+            pipeline_experiment(client)
     except StoreError:
         # Better now than when the tags are made.
         if params.tracking.required:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from catdog.registry_tags import Registry
-from catdog.tracking import LOCK_TAG, STAGE_TAG, connect, experiment_name
+from catdog.tracking import LOCK_TAG, STAGE_TAG, connect, experiment_name, pipeline_experiment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -183,7 +183,7 @@ def _log_model(client: MlflowClient, artifact: str, name: str, model: Path) -> R
     """Logs a model's file in a run of its own, as `train` would have done in this store."""
     from catdog.serving import log_served_model
 
-    experiment = client.get_experiment_by_name(experiment_name())
+    experiment = pipeline_experiment(client)
     run = client.create_run(experiment.experiment_id, run_name=f"{artifact} {name}", tags={VERSION_TAG: name})
     log_served_model(run.info.run_id, model)
     return client.get_run(run.info.run_id)

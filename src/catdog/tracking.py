@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -45,7 +46,7 @@ from catdog.startup import quick_imports
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 EXPERIMENT = "catdog"
 KEY_TAG = "pipeline.key"
@@ -563,6 +564,27 @@ def experiment_name() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
 
+def pipeline_experiment(client: MlflowClient) -> Experiment:
+    """Returns the MLflow experiment that takes new runs.
+
+    Args:
+        client: from `connect`.
+
+    Raises:
+        StoreError: a person deleted it in MLflow, which keeps its name but takes no run into it.
+    """
+    experiment = client.get_experiment_by_name(experiment_name())
+    if experiment.lifecycle_stage != "active":
+        restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+        if database_path(client.tracking_uri) is not None:  # others are in the environment already, passwords and all
+            restore = f"MLFLOW_TRACKING_URI={shlex.quote(client.tracking_uri)} {restore}"
+        raise StoreError(
+            f"the MLflow experiment {experiment.name} was deleted; `{restore}` restores it, or set "
+            "MLFLOW_EXPERIMENT_NAME to another name"
+        )
+    return experiment
+
+
 def pipeline_key(root: Path) -> tuple[str, str]:
     """Returns the key that the stages of one pipeline run share, and the run's name."""
     name = os.environ.get("DVC_EXP_NAME")
@@ -605,7 +627,7 @@ def _open_parent(client: MlflowClient, root: Path, params: Params | None, stage_
     own, and what was left going on under that name is marked KILLED.
     """
     key, name = pipeline_key(root)
-    experiment = client.get_experiment_by_name(experiment_name())
+    experiment = pipeline_experiment(client)
     found = client.search_runs(
         [experiment.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", order_by=["attributes.start_time DESC"]
     )

@@ -130,7 +130,7 @@ def run_tune(
     Raises:
         CatdogError: as `tune` and `features_of`; or the command cannot be run on this params.yaml.
     """
-    from catdog.tracking import _describe_store_error, _is_store_error, connect
+    from catdog.tracking import _describe_store_error, _is_store_error, connect, pipeline_experiment
 
     params = load_params(root / paths.PARAMS)
     # Checked before the first of them costs minutes.
@@ -139,7 +139,7 @@ def run_tune(
         check_weights(root, params, variant)
     plan_search(_settings(params, method, trials), seed or 0)
     if backbones and params.tracking.required:
-        connect(root)
+        pipeline_experiment(connect(root))
     studies = []
     try:
         with ended_by(signal.SIGTERM, signal.SIGINT):

@@ -29,12 +29,14 @@ class SearchRuns:
     @property
     def _client(self) -> MlflowClient | None:
         # Late: MLflow takes seconds to import, and a finished search needs none of it.
-        from catdog.tracking import StoreError, connect
+        from catdog.tracking import StoreError, connect, pipeline_experiment
 
         if not self._tried:
             self._tried = True
             try:
-                self._opened = connect(self._root)
+                client = connect(self._root)
+                pipeline_experiment(client)
+                self._opened = client
             except StoreError as error:
                 if self._required:
                     raise
@@ -142,9 +144,9 @@ class SearchRuns:
 
 
 def _experiment(client: MlflowClient) -> str:
-    from catdog.tracking import experiment_name
+    from catdog.tracking import pipeline_experiment
 
-    return str(client.get_experiment_by_name(experiment_name()).experiment_id)
+    return str(pipeline_experiment(client).experiment_id)
 
 
 def _tags() -> dict[str, str]:

@@ -108,10 +108,10 @@ def prepare_links(root: Path, address: str) -> Links:
         address: of the server that shows the store which `tracking.connect` opens, e.g. "http://127.0.0.1:5000".
 
     Raises:
-        StoreError: the store cannot be used.
+        StoreError: the store cannot be used, or the experiment was deleted in MLflow.
     """
     client = tracking.connect(root)
-    experiment_id = client.get_experiment_by_name(tracking.experiment_name()).experiment_id
+    experiment_id = tracking.pipeline_experiment(client).experiment_id
     state = json.dumps(view_state(), separators=(",", ":"))
     client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", state)
     newest = newest_runs(client, experiment_id)
