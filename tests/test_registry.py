@@ -282,6 +282,16 @@ def test_experiment_whose_results_are_in_the_workspace_is_promoted_from_there(pr
     assert dvc_hash(project.root / "models/model.keras") == model_hash(project, "HEAD")
 
 
+def test_experiment_brings_no_gate_of_its_own(project):
+    change = ("-S", "train.epochs=30", "-S", "promote.min_accuracy=0.0")
+    tiny_registry.run(project, "exp", "run", "--quiet", "--name", "loose", *change)
+    for _ in "in the workspace", "in git alone":
+        with pytest.raises(CatdogError, match=r"loose is not promoted, 1 of 7 .*: accuracy: 0\.25, at least 0\.8"):
+            run_promote(project.root, "loose")
+        project.git("checkout", "--quiet", ".")
+    assert tags(project) == []
+
+
 def test_version_moves_from_stage_to_stage_without_a_new_one(project):
     run_promote(project.root, "better", stage="staging")
     assert mlflow_says(project) == {"staging": "v1.0.0"}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from catdog import paths
 from catdog.compared_runs import read_runs
 from catdog.comparison import ComparedRun
-from catdog.config import Params, load_params
+from catdog.config import Params, load_params, validate_params
 from catdog.errors import CatdogError
 from catdog.gate import Candidate, Check, check, failures, format_checks
 from catdog.registry_files import (
@@ -34,6 +34,7 @@ from catdog.registry_files import (
     read_json_out,
     read_locked,
     read_stage_hashes,
+    read_yaml,
 )
 from catdog.registry_list import accuracy_text
 from catdog.registry_mirror import (
@@ -131,7 +132,9 @@ def run_promote(
     """
     if force is not None and not force.strip():
         raise CatdogError("--force needs a reason, e.g. --force 'the camera changed, the old model fails'")
-    params = load_params(root / paths.PARAMS)
+    # In the workspace may lie the parameters of the very experiment that the gate is to judge.
+    tree = read_yaml(git(root, "show", f"HEAD:{paths.PARAMS}"), f"{paths.PARAMS} of HEAD")
+    params = validate_params(tree, source=f"{paths.PARAMS} of HEAD")
     artifact = find_artifact(root, "HEAD", name)
     remote = choose_remote(root) if push else ""
     with contextlib.nullcontext() if dry_run else promotion_lock(root):

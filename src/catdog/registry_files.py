@@ -46,7 +46,7 @@ def find_artifact(root: Path, commit: str, name: str | None) -> str:
     Raises:
         CatdogError: dvc.yaml has no such artifact, or several where one must be named.
     """
-    artifacts = _artifacts(_read_yaml(try_git(root, "show", f"{commit}:dvc.yaml"), "dvc.yaml"))
+    artifacts = _artifacts(read_yaml(try_git(root, "show", f"{commit}:dvc.yaml"), "dvc.yaml"))
     known = ", ".join(artifacts) or "none"
     if name is not None:
         if name not in artifacts:
@@ -67,7 +67,8 @@ def _artifacts(pipeline: Mapping[str, Any]) -> dict[str, str]:
     return {name: entry["path"] for name, entry in entries.items() if isinstance(entry, dict) and "path" in entry}
 
 
-def _read_yaml(text: str, source: str) -> dict[str, Any]:
+def read_yaml(text: str, source: str) -> dict[str, Any]:
+    """Reads names and values from YAML 1.2; {} where the text holds something else, CatdogError where it is none."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -96,7 +97,7 @@ def read_locked(scm: Any, commit: str, artifact: str) -> LockedModel:
             text = files.open(name, "r", encoding="utf-8").read()
         except FileNotFoundError:
             raise CatdogError(f"{name} is not in commit {short}; `git add {name}` and commit it") from None
-        return _read_yaml(text, f"{name} of commit {short}")
+        return read_yaml(text, f"{name} of commit {short}")
 
     path = _artifacts(read("dvc.yaml")).get(artifact)
     if path is None:
