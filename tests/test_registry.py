@@ -463,6 +463,70 @@ def test_experiment_whose_files_the_branch_changed_as_well_is_not_laid_over_them
     assert project.git("show", "HEAD:notes.txt") == "of the branch"
 
 
+def changed_lines(project, path) -> list[str]:
+    """What the last commit wrote into a file, and what stood there before."""
+    lines = project.git("show", "--format=", "--unified=0", "HEAD", "--", path).splitlines()
+    return sorted(line for line in lines if line.startswith(("-", "+")) and not line.startswith(("---", "+++")))
+
+
+def test_parameters_that_no_stage_reads_are_those_of_head(project):
+    path = project.root / "params.yaml"
+    path.write_text(re.sub("min_accuracy: 0.8 .*", "min_accuracy: 0.93  # raised", path.read_text()))
+    project.commit()
+    with pytest.raises(CatdogError, match=r"accuracy: 0\.925, at least 0\.93 is asked"):
+        run_promote(project.root, "vgg")
+    # Its commit has the comments of HEAD, too.
+    run_promote(project.root, "better")
+    assert [re.sub(" +#.*", "", line) for line in changed_lines(project, "params.yaml")] == [
+        "+  epochs: 2",
+        "-  epochs: 4",
+    ]
+    assert project.git("status", "--porcelain") == ""
+
+
+def test_gate_of_an_experiment_comes_neither_into_the_commit_nor_into_the_workspace(project):
+    change = ("-S", "train.epochs=3", "-S", "train.hidden_units=[8, 4]", "-S", "promote.min_accuracy=0.0")
+    tiny_registry.run(project, "exp", "run", "--quiet", "--name", "loose", *change)
+    run_promote(project.root, "loose")
+    assert project.git("status", "--porcelain") == "" and tiny_registry.metrics_of(project, "HEAD")["accuracy"] == 0.925
+    assert [re.sub(" +#.*", "", line) for line in changed_lines(project, "params.yaml")] == [
+        "+  - 4",
+        "+  - 8",
+        "+  epochs: 3",
+        "+  hidden_units:",
+        "-  epochs: 4",
+        "-  hidden_units: []",
+    ]
+
+
+def test_parameters_that_the_branch_set_since_are_not_set_back(project):
+    head = project.git("rev-parse", "--short=7", "HEAD")
+    project.set_params({"train.learning_rate": 0.5, "train.l2": 0.1})
+    project.commit()
+    with pytest.raises(CatdogError) as refusal:
+        run_promote(project.root, "better")
+    assert str(refusal.value) == (
+        f"the commits since {head} set train.learning_rate = 0.5, train.l2 = 0.1, where the experiment better has "
+        "0.001, 0.0; run it again from HEAD, or `--branch NAME` makes a branch of it"
+    )
+    assert tags(project) == []
+    # Who sets them back may have it.
+    project.set_params({"train.learning_rate": 0.001, "train.l2": 0.0})
+    project.commit()
+    run_promote(project.root, "better")
+    assert served(project) == "v1.0.0" and in_order(project)
+
+
+def test_experiment_that_changed_nothing_takes_the_place_of_another_one(promoted):
+    project = promoted
+    tiny_registry.run(project, "exp", "run", "--quiet", "--name", "same", "--force")
+    project.git("checkout", "--quiet", ".")
+    run_promote(project.root, "better")
+    run_promote(project.root, "same")
+    assert served(project) == "v1.0.2" and tiny_registry.metrics_of(project, "HEAD")["accuracy"] == 0.9
+    assert model_hash(project, "HEAD") == model_hash(project, f"{NAME}@v1.0.0")
+
+
 def test_experiment_on_code_that_changed_since_is_not_reproducible(project):
     committed(edit("work.py"))(project)
     with pytest.raises(CatdogError, match=r"reproducible: dvc\.lock differs in 4 places"):

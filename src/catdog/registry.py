@@ -330,7 +330,7 @@ def _adopt(root: Path, source: Source, version: Version, branch: str) -> bool:
     if version.commit == source.commit or not _is_ahead(root, version.commit):
         return False
     try:
-        adopt_commit(root, version.commit)
+        adopt_commit(root, source, version.commit)
     except CatdogError as error:
         raise CatdogError(
             f"{version.name} is registered, but the branch was not brought to its commit ({error}); make room and call "

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from catdog import paths
 from catdog.errors import CatdogError
+from catdog.registry_files import read_yaml
 from catdog.registry_tags import FIRST_VERSION, Registry, Version, git, next_version, try_git
 
 LOCK = Path("dvc.lock")
@@ -129,23 +132,30 @@ def require_branch(root: Path, source: Source, branch: str) -> None:
 def build_commit(root: Path, source: Source) -> str:
     """Makes the commit that holds an experiment's results on top of HEAD; no branch and no file changes.
 
-    Every file that the experiment changed is taken from it, all others are those of HEAD.
+    Every file that the experiment changed is taken from it, all others are those of HEAD. Of the parameters those are
+    taken that a stage read, all others are those of HEAD.
 
     Raises:
-        CatdogError: HEAD has moved on since the experiment started, and changed the same files.
+        CatdogError: HEAD has moved on since the experiment started, and changed the same files, or parameters with
+            which the experiment did not run.
     """
     changed = _changed(root, source.baseline, source.commit)
-    clash = (changed & _changed(root, source.baseline, "HEAD")) - _RESULTS
+    since = _changed(root, source.baseline, "HEAD")
+    clash = (changed & since) - _RESULTS
     if clash:
         raise CatdogError(
             f"the experiment {source.experiment} and the commits since {source.baseline[:7]} both changed "
             f"{', '.join(sorted(clash))}; `--branch NAME` makes a branch of it, or run the experiment again"
         )
+    params = _merge_params(root, source, keep_text=paths.PARAMS.as_posix() not in since)
     entries = git(root, "ls-tree", "-r", "-z", source.commit).split("\0")
-    kept = {path: fields for fields, _, path in (entry.partition("\t") for entry in entries) if path in changed}
+    there = {path: fields for fields, _, path in (entry.partition("\t") for entry in entries)}
+    digest = git(root, "hash-object", "-w", "--stdin", text=params).strip()
+    there[paths.PARAMS.as_posix()] = f"100644 blob {digest}"
     lines = []
-    for path in sorted(changed):
-        mode, _, digest = kept.get(path, f"0 blob {'0' * 40}").split()
+    # An experiment whose results are those of its baseline takes the place of another one's, too.
+    for path in sorted(changed | (_RESULTS & set(there))):
+        mode, _, digest = there.get(path, f"0 blob {'0' * 40}").split()
         lines.append(f"{mode} {digest}\t{path}\0")
     with tempfile.TemporaryDirectory() as folder:
         index = str(Path(folder) / "index")
@@ -156,6 +166,74 @@ def build_commit(root: Path, source: Source) -> str:
         return git(root, "rev-parse", "HEAD").strip()
     message = f"Promote the experiment {source.experiment}\n\n{_experiment_line(source)}\n"
     return git(root, "commit-tree", tree, "-p", "HEAD", text=message).strip()
+
+
+def _merge_params(root: Path, source: Source, *, keep_text: bool) -> str:
+    """Returns params.yaml of HEAD with the values that a stage of the experiment read.
+
+    Args:
+        root: of the repository.
+        source: the experiment.
+        keep_text: HEAD's file is that of the baseline, so that the experiment's may take its place, where the rest of
+            the values is the same.
+
+    Raises:
+        CatdogError: a commit since the baseline, but for promotions, set a value with which the experiment did not run.
+    """
+    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
+
+    texts = [git(root, "show", f"{revision}:{paths.PARAMS}") for revision in ("HEAD", source.commit)]
+    tree, theirs = (parse_yaml_for_update(text, paths.PARAMS) for text in texts)
+    here, there = dict(_leaves(tree)), dict(_leaves(theirs))
+    lock = read_yaml(try_git(root, "show", f"{source.commit}:{LOCK}"), f"{LOCK} of {source.experiment}")
+    tracked = {
+        tuple(name.split("."))
+        for stage in (lock.get("stages") or {}).values()
+        for name in stage.get("params", {}).get(paths.PARAMS.as_posix(), {})
+    }
+    differ = [key for key in here | there if here.get(key) != there.get(key)]
+    read = [key for key in differ if any(key[: len(name)] == name for name in tracked)]
+    set_since = _set_since(root, source)
+    if lost := [key for key in read if key in set_since]:
+        names = ", ".join(f"{'.'.join(key)} = {here.get(key, 'nothing')}" for key in lost)
+        values = ", ".join(str(there.get(key, "nothing")) for key in lost)
+        raise CatdogError(
+            f"the commits since {source.baseline[:7]} set {names}, where the experiment {source.experiment} has "
+            f"{values}; run it again from HEAD, or `--branch NAME` makes a branch of it"
+        )
+    if keep_text and read == differ:
+        return texts[1]
+    for key in read:
+        block = tree
+        for name in key[:-1]:
+            block = block.setdefault(name, {})
+        if key in there:
+            block[key[-1]] = there[key]
+        else:
+            del block[key[-1]]
+    return dumps_yaml(tree) if read else texts[0]
+
+
+def _leaves(tree: Mapping[str, Any], block: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The values of a tree, by the names that lead to them."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*block, name))
+        else:
+            yield (*block, name), value
+
+
+def _set_since(root: Path, source: Source) -> set[tuple[str, ...]]:
+    """The parameters that commits since the baseline set; a promotion may take the place of another one."""
+
+    def read(revision: str) -> dict[tuple[str, ...], Any]:
+        name = f"{paths.PARAMS} of {revision}"
+        return dict(_leaves(read_yaml(try_git(root, "show", f"{revision}:{paths.PARAMS}"), name)))
+
+    ours = ("--invert-grep", f"--grep=^{EXPERIMENT_KEY}: ")
+    commits = git(root, "rev-list", *ours, f"{source.baseline}..HEAD", "--", str(paths.PARAMS)).split()
+    changes = [(read(f"{commit}^"), read(commit)) for commit in commits]
+    return {key for old, new in changes for key in old | new if old.get(key) != new.get(key)}
 
 
 def _changed(root: Path, old: str, new: str) -> set[str]:
@@ -195,10 +273,12 @@ def _identity(root: Path, commit: str) -> dict[str, str]:
     }
 
 
-def adopt_commit(root: Path, commit: str) -> None:
+def adopt_commit(root: Path, source: Source, commit: str) -> None:
     """Brings HEAD and the files in git from the baseline of an experiment to the commit that was made of it."""
     if git(root, "status", "--porcelain", "--untracked-files=no"):
         # The experiment's results are there already (`require_clean`), and git would not overwrite even the same bytes.
         git(root, "reset", "--quiet", commit)
+        if not git(root, "diff", "--name-only", source.commit, "--", str(paths.PARAMS)):
+            git(root, "checkout", "--quiet", "--", str(paths.PARAMS))
     else:
         git(root, "merge", "--quiet", "--ff-only", commit)
