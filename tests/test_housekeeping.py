@@ -19,6 +19,7 @@ from catdog.errors import CatdogError
 from catdog.housekeeping import (
     artifact_path,
     find_all,
+    find_artifacts,
     find_checkpoints,
     find_experiments,
     find_runs,
@@ -335,7 +336,7 @@ def test_artifacts_that_no_run_has_go(root, runs):
         root / "mlruns" / known,
         root / "mlruns" / "models" / model,
     ]
-    items = find_runs(root)
+    items = find_artifacts(root)
     assert [(item.name, item.bytes) for item in items] == [
         (f"mlruns/{KEYS[0]}", 700),
         (f"mlruns/models/m-{KEYS[0]}", 1000),
@@ -344,27 +345,46 @@ def test_artifacts_that_no_run_has_go(root, runs):
     assert not lost.exists()
     assert not lost_model.exists()
     assert all(path.exists() for path in stays)
-    assert names(find_runs(root, days=1)) == [f"mlruns/{KEYS[1]}"]
+    assert names(find_artifacts(root, days=1)) == [f"mlruns/{KEYS[1]}"]
     os.utime(stays[0] / "below" / "file")
-    assert find_runs(root, days=0) == []  # it may be on its way into the store
+    assert find_artifacts(root, days=0) == []  # it may be on its way into the store
 
 
 def test_artifacts_of_another_store_stay(root, runs, monkeypatch):
     """One that MLFLOW_TRACKING_URI names, now or at some other time, may keep its artifacts beside the own ones."""
     folder(root / "mlruns" / KEYS[0], written=OLD)
-    shutil.copy(root / "mlflow.db", root / "other.db")
-    assert len(find_runs(root)) == 1
+    shutil.copy(root / "mlflow.db", root / "team.sqlite")
+    assert len(find_artifacts(root)) == 1
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://server/runs")
-    assert find_runs(root) == []
+    assert find_artifacts(root) == []
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with contextlib.closing(sqlite3.connect(root / "other.db")) as store, store:
+    with contextlib.closing(sqlite3.connect(root / "team.sqlite")) as store, store:
         store.execute("INSERT INTO runs (run_uuid, lifecycle_stage, status) VALUES (?, 'active', 'FINISHED')", KEYS[:1])
-    assert find_runs(root) == []
+    assert find_artifacts(root) == []
+
+
+def test_artifacts_that_a_server_may_know_go_only_by_their_name(root, runs, capsys):
+    """Nothing here tells of a database on a server that was in use before."""
+    theirs = folder(root / "mlruns" / KEYS[0], written=OLD)
+    runs.make("deleted", deleted=20)
+    assert cli.main(["clean"]) == 0
+    shown = capsys.readouterr().out
+    assert f"  mlruns/{KEYS[0]}     1.0 kB  no run in mlflow.db has them, last written 30 days ago\n" in shown
+    assert "nothing is removed yet: `catdog clean --runs --yes` does it\n" in shown
+    assert shown.splitlines()[-1].startswith("the artifacts may be those of another tracking store")
+    assert cli.main(["clean", "--checkpoints", "--runs", "--experiments", "--yes"]) == 0
+    assert theirs.exists() and find_runs(root) == []
+    capsys.readouterr()
+    assert cli.main(["clean", "--artifacts"]) == 0
+    assert "nothing is removed yet: `catdog clean --artifacts --yes` does it\n" in capsys.readouterr().out
+    assert theirs.exists()
+    assert cli.main(["clean", "--artifacts", "--yes"]) == 0
+    assert not theirs.exists()
 
 
 def test_without_a_store_no_artifacts_go(root):
     folder(root / "mlruns" / KEYS[0], written=OLD)
-    assert find_runs(root, days=0) == []
+    assert find_artifacts(root, days=0) == []
 
 
 def test_runs_of_other_experiments_are_not_touched(root, runs):
@@ -467,20 +487,22 @@ def littered(root, runs):
     runs.make("hung", status="RUNNING", days=2)
     runs.make("good")
     experiment("tardy-unit", git("rev-parse", "HEAD"), 20)
+    folder(root / "mlruns" / KEYS[0], written=OLD)
     return root
 
 
 def test_without_yes_nothing_changes_and_the_command_is_told(littered, capsys):
     before = snapshot(littered)
-    for options in ([], ["--checkpoints", "--runs", "--experiments"]):
+    for options in ([], ["--checkpoints", "--runs", "--experiments", "--artifacts"]):
         assert cli.main(["clean", *options]) == 0
         shown = capsys.readouterr().out
         assert f"  .dvc/tmp/checkpoints/{KEYS[0]}     2.0 MB  left by a training" in shown
         assert "deleted in MLflow 20 days ago" in shown
         assert "RUNNING since 2 days, but by no process; becomes KILLED" in shown
         assert "tardy-unit on " in shown
-        assert "4 entries, 2.0 MB; nothing is removed yet: " in shown
-        assert "`catdog clean --checkpoints --runs --experiments --yes` does it" in shown
+        assert "5 entries, 2.0 MB; nothing is removed yet: " in shown
+        asked = " --artifacts" if options else ""
+        assert f"`catdog clean --checkpoints --runs --experiments{asked} --yes` does it" in shown
     assert snapshot(littered) == before
     assert cli.main(["clean", "--older-than", "19.5"]) == 0
     assert "--older-than 19.5 --yes` does it" in capsys.readouterr().out
@@ -491,7 +513,8 @@ def test_yes_alone_removes_nothing(littered, capsys):
     assert cli.main(["clean", "--yes"]) == 2
     told = capsys.readouterr()
     assert told.err == (
-        "catdog: --yes removes nothing without a kind: add one or more of --checkpoints, --runs, --experiments\n"
+        "catdog: --yes removes nothing without a kind: add one or more of --checkpoints, --runs, --experiments, "
+        "--artifacts\n"
     )
     assert snapshot(littered) == before
 

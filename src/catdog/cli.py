@@ -94,20 +94,24 @@ def _parser() -> argparse.ArgumentParser:
         "clean",
         help="remove what killed, deleted and forgotten work left behind",
         description="Show what killed, deleted and forgotten work left behind in this repository, with its size; "
-        "remove it with --yes. Without --checkpoints, --runs or --experiments, show all of them.",
+        "remove it with --yes. Without --checkpoints, --runs, --experiments or --artifacts, show all of them.",
     )
     clean.add_argument("--checkpoints", action="store_true", help="old checkpoints of trainings, folders of tunings")
     clean.add_argument(
         "--runs",
         action="store_true",
-        help="MLflow runs that were deleted or whose parent was, artifacts that no run has; runs that killed processes "
-        "left RUNNING become KILLED",
+        help="MLflow runs that were deleted or whose parent was; runs that killed processes left RUNNING become KILLED",
     )
     clean.add_argument("--experiments", action="store_true", help="old DVC experiments")
     clean.add_argument(
+        "--artifacts",
+        action="store_true",
+        help="folders in mlruns/ that no run in mlflow.db has; not where another tracking store keeps its files there",
+    )
+    clean.add_argument(
         "--older-than", type=_days, default=14.0, metavar="DAYS", help="what counts as old (default: 14 days)"
     )
-    clean.add_argument("--yes", action="store_true", help="remove it; needs at least one of the three kinds")
+    clean.add_argument("--yes", action="store_true", help="remove it; needs at least one of the four kinds")
     clean.set_defaults(run=_clean)
 
     doctor = commands.add_parser(

@@ -1,7 +1,7 @@
 """`catdog clean`: what killed, deleted and forgotten work leaves behind, shown first and removed on request.
 
 Nothing outside the repository is removed, nothing that a running process uses, and of MLflow only what lies in the
-repository's own store.
+repository's own store; artifacts that may be another store's only where they are asked for by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from catdog.errors import CatdogError
 STORE = Path("mlflow.db")
 ARTIFACTS = Path("mlruns")
 DVC_TMP = Path(".dvc") / "tmp"
-KINDS = ("checkpoints", "runs", "experiments")
+KINDS = ("checkpoints", "runs", "experiments", "artifacts")
 DAYS = 14.0
 """What was last touched so many days ago is old."""
 DAYS_RUNNING = 1.0
@@ -100,9 +100,18 @@ def run_clean(root: Path, kinds: Sequence[str], *, days: float, yes: bool) -> in
         if any(item.kind == "experiments" for item in items):
             print("`dvc gc --all-commits --all-experiments` frees what only they had in DVC's cache")
     else:
-        found = " ".join(f"--{kind}" for kind in KINDS if any(item.kind == kind for item in items))
+        # Who did not ask for artifacts is not to remove those of another store by copying a line.
+        found = [kind for kind in KINDS if any(item.kind == kind for item in items)]
+        offered = " ".join(f"--{kind}" for kind in found if kind != "artifacts" or kind in kinds)
         age = "" if days == DAYS else f" --older-than {days:g}"
-        print(f"{total}; nothing is removed yet: `catdog clean {found}{age} --yes` does it")
+        print(
+            f"{total}; nothing is removed yet" + (f": `catdog clean {offered}{age} --yes` does it" if offered else "")
+        )
+        if "artifacts" in found:
+            print(
+                f"the artifacts may be those of another tracking store that keeps its files in {ARTIFACTS}/, such as a "
+                "database on a server; only where there is none, --artifacts removes them"
+            )
     return 0
 
 
@@ -137,7 +146,12 @@ def find_all(root: Path, kinds: Sequence[str], *, days: float = DAYS) -> list[It
     Raises:
         CatdogError: the tracking store cannot be read.
     """
-    find = {"checkpoints": find_checkpoints, "runs": find_runs, "experiments": find_experiments}
+    find = {
+        "checkpoints": find_checkpoints,
+        "runs": find_runs,
+        "experiments": find_experiments,
+        "artifacts": find_artifacts,
+    }
     return [item for kind in KINDS if kind in kinds for item in find[kind](root, days=days)]
 
 
@@ -213,17 +227,17 @@ def find_checkpoints(root: Path, *, days: float = DAYS) -> list[Item]:
 
 
 def find_runs(root: Path, *, days: float = DAYS) -> list[Item]:
-    """Returns what is wrong with the runs of the repository's own store, and artifacts that no run has.
+    """Returns what is wrong with the runs of the repository's own store.
 
     Those are: runs that a person deleted some days ago; runs whose parent is gone; runs that never ended although
-    they began more than a day ago and no pipeline is at work (they are marked KILLED, not removed); folders of
-    artifacts that no run or model names. A run or model that MLflow's model registry names stays.
+    they began more than a day ago and no pipeline is at work (they are marked KILLED, not removed). A run or model
+    that MLflow's model registry names stays.
 
     Raises:
         CatdogError: the store cannot be read.
     """
     if not (root / STORE).exists():
-        return []  # without a store nothing tells whose the artifacts are
+        return []
     with open_store(root) as store:
         runs, models = _read_runs(store), _read_models(store)
         known = _ids(store)
@@ -247,7 +261,7 @@ def find_runs(root: Path, *, days: float = DAYS) -> list[Item]:
             if run.status in _NOT_ENDED and not _may_live(run) and run.deleted is None and run.id not in gone:
                 reason = f"{run.status} since {_days(_days_since(run.started))}, but by no process; becomes KILLED"
                 items.append(Item("runs", "end", run.id, run.title, reason))
-    return items + _find_artifacts(root, known, days)
+    return items
 
 
 def _runs_to_remove(runs: Sequence[_Row], known: set[str], registered: set[str], days: float) -> dict[str, str]:
@@ -381,17 +395,23 @@ def artifact_path(location: str) -> Path | None:
     return Path(location) if location.startswith("/") else None
 
 
-def _find_artifacts(root: Path, known: set[str], days: float) -> list[Item]:
-    """Folders under mlruns/ named as a run's or a model's that no store knows.
+def find_artifacts(root: Path, *, days: float = DAYS) -> list[Item]:
+    """Returns the folders under mlruns/ named as a run's or a model's that no store here knows.
 
     A store that MLFLOW_TRACKING_URI named may keep its artifacts there, too. Those are known of every database in
-    the repository's root; with the variable set, nothing is found.
+    the repository's root, but of no server's; with the variable set, nothing is found.
+
+    Raises:
+        CatdogError: the repository's own store cannot be read.
     """
-    if tracking.database_path(tracking.store_uri(root)) != root / STORE:
-        return []
-    for database in sorted(root.glob("*.db")):
-        with contextlib.suppress(CatdogError), open_store(root, database.name) as store:
-            known = known | _ids(store)
+    if tracking.database_path(tracking.store_uri(root)) != root / STORE or not (root / STORE).exists():
+        return []  # without a store nothing tells whose the artifacts are
+    with open_store(root) as store:
+        known = _ids(store)
+    for file in _entries(root):
+        if file.is_file():  # a database may have any name
+            with contextlib.suppress(CatdogError), open_store(root, file.name) as store:
+                known |= _ids(store)
     items = []
     for parent, pattern in ((ARTIFACTS, _RUN_FOLDER), (ARTIFACTS / "models", _MODEL_FOLDER)):
         for path in _entries(root / parent):
@@ -399,8 +419,9 @@ def _find_artifacts(root: Path, known: set[str], days: float) -> list[Item]:
                 age = _age(path)
                 # A day at least: the run may be that of a store which is just being put back.
                 if age >= max(days, DAYS_RUNNING):
-                    reason = f"artifacts that no run in {STORE} has, last written {_days(age)} ago"
-                    items.append(Item("runs", "folder", "", str(parent / path.name), reason, path, None, _size(path)))
+                    reason = f"no run in {STORE} has them, last written {_days(age)} ago"
+                    name = str(parent / path.name)
+                    items.append(Item("artifacts", "folder", "", name, reason, path, None, _size(path)))
     return items
 
 
