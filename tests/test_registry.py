@@ -9,16 +9,17 @@ import subprocess
 import threading
 from pathlib import Path
 
+import filelock
 import pytest
 from gto import api
 from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
 import tiny_registry
-from catdog import cli, registry
+from catdog import cli, registry, registry_files
 from catdog.errors import CatdogError
 from catdog.registry import run_promote, run_rollback
-from catdog.registry_files import resolve_model, run_fetch
+from catdog.registry_files import cached_model, resolve_model, run_fetch
 from catdog.registry_list import run_models
 from catdog.registry_mirror import differences, read_mirror
 from catdog.registry_source import choose_version
@@ -778,6 +779,50 @@ def test_fetch_of_what_is_not_there_is_told_and_leaves_the_old_file(promoted, tm
     shutil.copy(sound, there)
     fetch()
     assert dvc_hash(target) == digest
+
+
+def test_two_that_need_a_model_at_once_get_it_once(promoted, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    model = registry.read_locked(registry._scm(promoted.root), "HEAD", NAME)
+    original, begun, waiting = registry_files._get, [], threading.Event()
+    found = []
+    second = threading.Thread(target=lambda: found.append(cached_model(promoted.root, model)))
+
+    class Watched(filelock.FileLock):
+        def acquire(self, *arguments, **options):
+            if begun:
+                waiting.set()
+            return super().acquire(*arguments, **options)
+
+    def get(*arguments):
+        begun.append(arguments)
+        if len(begun) == 1:
+            second.start()
+            wait_until(lambda: waiting.is_set() or len(begun) == 2)
+        original(*arguments)
+
+    monkeypatch.setattr(filelock, "FileLock", Watched)
+    monkeypatch.setattr(registry_files, "_get", get)
+    found.append(cached_model(promoted.root, model))
+    second.join()
+    assert len(begun) == 1 and found[0] == found[1] and dvc_hash(found[0]) == model.md5
+
+
+def test_model_that_is_damaged_in_the_home_folder_is_got_again(promoted, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    file = resolve_model(promoted.root, "prod")
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1])
+    assert resolve_model(promoted.root, "prod") == file and file.read_bytes() == sound
+    assert [path.suffix for path in sorted(file.parent.iterdir())] == [".keras", ".lock"]
+
+
+def test_home_folder_that_cannot_be_used_is_told(promoted, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/.cache").write_text("no folder")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(CatdogError, match=r"cannot be kept in .*/\.cache/catdog/models \(Not a directory\); set HOME"):
+        resolve_model(promoted.root, "prod")
 
 
 def test_remote_that_was_added_after_the_experiment_gets_its_files(project, tmp_path):

@@ -355,19 +355,35 @@ def resolve_model(root: Path, reference: str, *, name: str | None = None) -> Pat
 
 
 def cached_model(repository: Any, model: LockedModel) -> Path:
-    """Returns the file of a model in the cache in the home folder.
+    """Returns the file of a model in the cache in the home folder; brings it there where it is not, or damaged.
 
     Args:
         repository: an open one (`dvc.repo.Repo`), or the root of one.
         model: which.
+
+    Raises:
+        CatdogError: it is neither in DVC's cache nor in its remote, or the home folder cannot be used.
     """
+    from filelock import FileLock
+
     file = Path.home() / CACHE / f"{model.md5}{paths.MODEL.suffix}"
-    if not file.exists():
-        if isinstance(repository, Path):
-            with _open(repository) as repo:
-                _get(repo, model, file)
-        else:
-            _get(repository, model, file)
+
+    def is_there() -> bool:
+        return file.exists() and dvc_hash(file) == model.md5
+
+    try:
+        if is_there():
+            return file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if not is_there():  # another process may have brought it in the meantime
+                with _open(repository) if isinstance(repository, Path) else contextlib.nullcontext(repository) as repo:
+                    _get(repo, model, file)
+    except OSError as error:
+        raise CatdogError(
+            f"the model cannot be kept in {file.parent} ({error.strerror or error}); set HOME to a folder that can be "
+            "written, or `catdog fetch -o FILE` puts it where you like"
+        ) from None
     return file
 
 
