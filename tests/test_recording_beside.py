@@ -85,7 +85,7 @@ def test_who_is_terminated_while_the_other_one_connects_marks_the_run_all_the_sa
 @pytest.mark.parametrize(
     ("write", "told"),
     [
-        (fail, "no space left for a file; free some (`dvc gc --workspace`) and run again"),
+        (fail, "no space left for a file; free some (`dvc gc --all-commits --all-experiments`) and run again"),
         (fail_as_store, "; check that it can be reached and that its disk is not full, or set tracking.required to"),
     ],
     ids=["disk", "store"],

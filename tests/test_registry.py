@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
 import tiny_registry
-from catdog import cli, registry, registry_files
+from catdog import cli, doctor, registry, registry_files
 from catdog.errors import CatdogError
 from catdog.registry import run_promote, run_rollback
 from catdog.registry_files import cached_model, resolve_model, run_fetch
@@ -858,6 +858,27 @@ def test_rollback_to_a_version_whose_file_is_lost_is_refused(promoted):
     with pytest.raises(CatdogError, match=r"models/model\.keras of commit \w{7} is neither in DVC's cache nor in"):
         run_rollback(project.root)
     assert served(project) == "v1.0.1"
+
+
+def test_registered_versions_outlive_what_doctor_says_of_a_full_disk(promoted, monkeypatch):
+    project = promoted
+    tiny_registry.experiment(project, "gone", {"train.epochs": 5})
+    run_promote(project.root, "vgg", stage="staging", branch="topic")
+    run_promote(project.root, "better")
+    gone = model_hash(project, project.git("for-each-ref", "--format=%(refname)", "refs/exps/*/*/gone"))
+    assert cached(project, gone).exists()
+    project.git("branch", "--delete", "--force", "topic")
+    tiny_registry.run(project, "exp", "remove", "--quiet", "gone", "vgg", "better")
+    usage = shutil.disk_usage(project.root)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        (finding,) = doctor.check_disk(project.root)
+    (command,) = re.findall("`(dvc gc [^`]*)`", finding.text)
+    tiny_registry.run(project, *shlex.split(command)[1:], "--force")
+    assert not cached(project, gone).exists()
+    for version in state(project).versions:
+        assert cached(project, model_hash(project, f"{NAME}@{version.name}")).exists()
+    assert len(state(project).versions) == 3 and (project.root / "models/model.keras").exists()
 
 
 def test_s3_remote(project, tmp_path, monkeypatch):

@@ -190,7 +190,9 @@ def check_disk(root: Path) -> list[Finding]:
     free = shutil.disk_usage(root).free
     text = f"{size_text(free)} free on the disk"
     if free < LEAST_DISK:
-        return [Finding("problem", f"only {text}; `catdog clean` and `dvc gc --workspace` show and free some")]
+        # With --workspace instead, the models of registered versions would go, too.
+        remedy = "`catdog clean`, then `dvc gc --all-commits --all-experiments` free some"
+        return [Finding("problem", f"only {text}; {remedy}")]
     if free < ENOUGH_DISK:
         needed = size_text(int(ENOUGH_DISK))
         return [Finding("warning", f"{text}: enough for the sample, but large data sets need {needed} or more")]

@@ -107,5 +107,5 @@ def require_disk_space(folder: Path, needed: int, purpose: str) -> None:
     if free < needed:
         raise CatdogError(
             f"{purpose} needs {needed / 1e6:,.0f} MB but {os.fspath(folder)} has {free / 1e6:,.0f} MB free; "
-            "free some space (`dvc gc --workspace` drops cached data of other experiments)"
+            "free some space (`catdog clean`, then `dvc gc --all-commits --all-experiments`)"
         )

@@ -285,7 +285,7 @@ def stage(
         if error.errno not in _DISK_IS_FULL:
             raise
         place = error.filename or "the disk"
-        _stop(name, f"no space left for {place}; free some (`dvc gc --workspace`) and run again")
+        _stop(name, f"no space left for {place}; free some (`dvc gc --all-commits --all-experiments`) and run again")
 
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
