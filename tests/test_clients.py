@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -364,11 +365,28 @@ def test_drive_file_comes_under_its_own_name(drive, tmp_path, capfd, url, asks):
     assert capfd.readouterr() == ("", "")
 
 
-def test_drive_file_that_changed_is_fetched_anew(drive, tmp_path):
+def test_drive_file_that_was_fetched_is_taken_until_it_is_removed(drive, tmp_path, capsys):
     url = f"https://drive.google.com/file/d/{FILE}/view"
-    fetch_drive(url, tmp_path)
+    path = fetch_drive(url, tmp_path)
     drive.files[FILE] = Pace(b"another", attachment("pets.zip"))
+    asked = len(drive.internet.requests)
+    assert fetch_drive(url, tmp_path) == path and path.read_bytes() == ARCHIVE
+    assert len(drive.internet.requests) == asked
+    told = capsys.readouterr().err
+    assert f"fetched before and is taken from {path.parent}; delete that folder" in told and told.count("\n") == 1
+    shutil.rmtree(path.parent)
     assert fetch_drive(url, tmp_path).read_bytes() == b"another"
+
+
+def test_drive_folder_that_was_fetched_is_taken(drive, tmp_path):
+    one = "1a_" + "D" * 30
+    drive.folders = {FOLDER: [(f"/file/d/{one}/view", "1.jpg")]}
+    drive.files = {one: Pace(b"cat", attachment("1.jpg"))}
+    url = f"https://drive.google.com/drive/folders/{FOLDER}"
+    path = fetch_drive(url, tmp_path)
+    asked = len(drive.internet.requests)
+    assert fetch_drive(url, tmp_path) == path and files_below(path) == {"1.jpg"}
+    assert len(drive.internet.requests) == asked
 
 
 def test_drive_folder_keeps_names_and_subfolders(drive, tmp_path):

@@ -1,6 +1,7 @@
 """Every kind of source ends as one whole zip archive, or as one sentence and no file."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import os
@@ -8,12 +9,15 @@ import tarfile
 import warnings
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from catdog import sources
 from catdog.catalog import PUBLISHED
 from catdog.errors import CatdogError
+from catdog.files import DiskSpaceError
 from catdog.sources import SourceFacts, fetch
 from internet import send
 
@@ -23,6 +27,7 @@ FILES = {
     "Dog/deep/1.png": os.urandom(3000),
     ".DS_Store": b"hidden",
 }
+DRIVE = "https://drive.google.com/file/d/1abc/view"
 
 
 @pytest.fixture
@@ -326,6 +331,52 @@ def test_name_that_stands_twice_in_a_tar_does_not_stop_it(tmp_path, target):
         bring(tar_with(tmp_path / "pets.tar", member("Cat/0.jpg")), target)
     with zipfile.ZipFile(target) as archive:
         assert archive.read("Cat/0.jpg") == b""  # the last one, as tar extracts it
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), DiskSpaceError("full")])
+@pytest.mark.parametrize("dataset", ["microsoft", "https://data.example.org/x.zip", "kaggle", DRIVE])
+def test_finished_download_outlives_packing_that_was_cut_off(
+    tmp_path, target, internet, monkeypatch, capsys, dataset, interruption
+):
+    data = make_zip(tmp_path / "x.zip").read_bytes()
+    publish(monkeypatch, "microsoft", data)
+    for host in ("download.microsoft.com", "data.example.org"):
+        internet.sites[host] = lambda request: send(request, data)
+    asked = []
+
+    def finish(folder, name):  # as `fetch_kaggle` and `fetch_drive` do
+        if not (folder / name).exists():
+            asked.append(name)
+            folder.mkdir()
+            (folder / name).write_bytes(data)
+        return folder / name
+
+    monkeypatch.setattr(sources, "fetch_kaggle", lambda competition, folder: finish(folder, "k.zip"))
+    monkeypatch.setattr(sources, "fetch_drive", lambda url, folder: finish(folder, "d.zip"))
+    with monkeypatch.context() as patch, pytest.raises(type(interruption)):
+        patch.setattr("shutil.copyfile", Mock(side_effect=interruption))
+        bring(dataset, target)
+    assert list(target.parent.iterdir()) == []
+    kept = tmp_path / ".dvc/tmp/downloads"
+    assert sum(path.stat().st_size for path in kept.rglob("*")) > len(data)
+    bring(dataset, target)
+    assert target.read_bytes() == data
+    assert len(asked) <= 1 and sum("range" not in request.headers for request in internet.requests) <= 1
+    assert {path.suffix for path in kept.iterdir()} == {".lock"}
+
+
+@pytest.mark.parametrize("dataset", ["https://data.example.org/x.zip", "kaggle"])
+def test_download_that_is_no_archive_is_not_kept(tmp_path, target, internet, monkeypatch, dataset):
+    internet.sites["data.example.org"] = lambda request: send(request, b"no archive")
+
+    def fetch_kaggle(competition, folder):
+        folder.mkdir()
+        (folder / "k.zip").write_bytes(b"no archive")
+        return folder / "k.zip"
+
+    monkeypatch.setattr(sources, "fetch_kaggle", fetch_kaggle)
+    assert "no archive" in refused(dataset, target)
+    assert {path.suffix for path in (tmp_path / ".dvc/tmp/downloads").iterdir()} == {".lock"}
 
 
 def publish(monkeypatch, name: str, data: bytes) -> None:

@@ -1,11 +1,13 @@
 """A download ends as the right file or as one sentence and no file, whatever servers, networks and killers do."""
 
+import errno
 import hashlib
 import json
 import os
 import pty
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +25,8 @@ from hypothesis import strategies as st
 
 from catdog import transfer
 from catdog.errors import CatdogError
-from catdog.transfer import Patience, Transferred, download, identity, public_url
+from catdog.files import DiskSpaceError
+from catdog.transfer import Patience, Transferred, downloaded, identity, public_url
 from conftest import wait_until
 from hostile_server import Answer, Relay, hostile_server
 
@@ -49,6 +52,13 @@ def direct(monkeypatch):
 def server():
     with hostile_server() as server:
         yield server
+
+
+def download(urls, target, **options) -> Transferred:
+    """Downloads a file and copies it to `target`."""
+    with downloaded(urls, target, **options) as (file, facts):
+        shutil.copyfile(file, target)
+    return facts
 
 
 @pytest.fixture
@@ -131,11 +141,12 @@ def test_target_is_replaced_only_by_the_whole_new_file(server, bring, got, tmp_p
     assert got()
 
 
-def test_target_may_lie_on_another_file_system(server, bring, tmp_path):
+def test_target_may_lie_on_another_file_system(server, bring, tmp_path, monkeypatch):
     shared_memory = Path("/dev/shm")
     if not shared_memory.is_dir() or shared_memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is no second file system to write to")
     target = shared_memory / f"catdog-{os.getpid()}" / "target.zip"
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": len(DATA)}))
     try:
         bring(server.offer("/f", GOOD), target=target)
         assert target.read_bytes() == DATA
@@ -144,6 +155,51 @@ def test_target_may_lie_on_another_file_system(server, bring, tmp_path):
     finally:
         target.unlink(missing_ok=True)
         target.parent.rmdir()
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), DiskSpaceError("full")])
+@pytest.mark.parametrize("known", [False, True])
+def test_file_that_was_not_used_up_is_taken_by_the_next_call(server, bring, got, tmp_path, capsys, failure, known):
+    url, sha256 = server.offer("/f", GOOD), SHA if known else ""
+    with (
+        pytest.raises(type(failure)),
+        downloaded([url], tmp_path / "target.zip", parts=tmp_path / "parts", sha256=sha256),
+    ):
+        raise failure
+    assert bring(url, sha256=sha256) == Transferred(url, len(DATA), SHA, ETAG["ETag"], ETAG["Last-Modified"])
+    assert got()
+    assert server.ranges("/f") == ([None] if known else [None, f"bytes={len(DATA) - 1}-"])
+    assert ("all 0.3 MB are here from before" if known else "going on after 0.3 MB") in capsys.readouterr().err
+
+
+def test_unused_file_is_fetched_anew_where_the_server_has_another(server, bring, got, tmp_path):
+    url = server.offer("/f", Answer(OTHER, headers=OTHER_ETAG), GOOD)
+    with pytest.raises(KeyboardInterrupt), downloaded([url], tmp_path / "target.zip", parts=tmp_path / "parts"):
+        raise KeyboardInterrupt
+    bring(url)
+    assert got()
+
+
+def test_unused_file_that_was_damaged_meanwhile_is_fetched_anew(server, bring, got, tmp_path):
+    url = server.offer("/f", GOOD)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        downloaded([url], tmp_path / "target.zip", parts=tmp_path / "parts", sha256=SHA),
+    ):
+        raise KeyboardInterrupt
+    part_of(tmp_path).write_bytes(OTHER)
+    bring(url, sha256=SHA)
+    assert got()
+
+
+def test_file_that_is_of_no_use_is_removed(server, tmp_path):
+    url = server.offer("/f", GOOD)
+    with (
+        pytest.raises(CatdogError, match="no archive"),
+        downloaded([url], tmp_path / "target.zip", parts=tmp_path / "parts"),
+    ):
+        raise CatdogError("no archive")
+    assert {path.suffix for path in (tmp_path / "parts").iterdir()} <= {".lock"}
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
@@ -486,13 +542,15 @@ def test_proxy_of_the_environment_is_used(server, bring, got, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ disk, processes
 
 PROGRAM = """
+import shutil
 import sys
 from pathlib import Path
 from catdog.errors import CatdogError
-from catdog.transfer import Patience, download
+from catdog.transfer import Patience, downloaded
 url, target, parts = sys.argv[1:]
 try:
-    download([url], Path(target), parts=Path(parts), patience=Patience(stall_timeout=20))
+    with downloaded([url], Path(target), parts=Path(parts), patience=Patience(stall_timeout=20)) as (file, _):
+        shutil.copyfile(file, target)
 except CatdogError as error:
     sys.exit(str(error))
 """
@@ -553,7 +611,7 @@ def test_two_processes_at_once_both_end_with_the_right_file(server, got, tmp_pat
 def test_disk_that_is_too_small_stops_before_the_download(server, bring, tmp_path):
     url = server.offer("/f", Answer(DATA, headers={"Content-Length": str(10**16)}))
     message = refused(lambda: bring(url, server.offer("/b", GOOD)))
-    assert "downloading target.zip needs 10,000,000,000 MB" in message
+    assert f"downloading {url} and packing it needs 20,000,000,000 MB" in message
     assert part_of(tmp_path) is None
 
 

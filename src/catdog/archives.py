@@ -106,7 +106,7 @@ def pack_archive(path: Path, target: Path, *, rename: Rename | None = None, loca
     with written_aside(target) as aside, _scratch_folder(aside) as scratch:
         kind = _kind(path, location)
         archive_bytes = path.stat().st_size
-        require_disk_space(target.parent, archive_bytes, f"packing {path.name}")
+        require_disk_space(target.parent, archive_bytes, f"packing {location}")
         outer = path
         if kind == "tar":
             outer = scratch / "outer.zip"
@@ -119,7 +119,7 @@ def pack_archive(path: Path, target: Path, *, rename: Rename | None = None, loca
                 if inner:
                     repacked = _merged_members(archive, inner, scratch, location, archive_bytes)
                 else:
-                    require_disk_space(target.parent, sum(m.file_size for m in members), f"repacking {path.name}")
+                    require_disk_space(target.parent, sum(m.file_size for m in members), f"repacking {location}")
                     repacked = _zip_members(archive, members, location)
                 _write_zip(aside, repacked if rename is None else _renamed(repacked, rename))
         if unchanged:

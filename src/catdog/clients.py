@@ -157,8 +157,8 @@ def _forget(part: Path) -> None:
 def fetch_drive(url: str, folder: Path) -> Path:
     """Downloads a shared file or folder of Google Drive, through gdown.
 
-    A download that was cut off is continued by the next call, where `folder` is still there; one that was finished is
-    made anew, since Drive does not tell whether a file changed.
+    A download that was cut off is continued by the next call, where `folder` is still there; what was finished is
+    returned as it is, with a line on standard error, since Drive does not tell whether a file changed.
 
     Args:
         url: address of a file or folder, as "Copy link" or a browser gives it.
@@ -184,7 +184,13 @@ def fetch_drive(url: str, folder: Path) -> Path:
         "timeout": _TIMEOUTS,
     }
     with FileLock(folder / f"{identifier}.lock"):
-        shutil.rmtree(finished, ignore_errors=True)
+        if finished.is_dir():
+            print(
+                f"download: {url} was fetched before and is taken from {finished}; delete that folder and run again if "
+                "it has changed since",
+                file=sys.stderr,
+            )
+            return finished if is_folder else next(finished.iterdir())
         continued = any(incomplete.rglob("*.part"))
         try:
             # gdown tells its steps on standard output, which belongs to the program.

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 """The date of every member of a zip that is written here: equal contents then give equal bytes."""
+
+
+class DiskSpaceError(CatdogError):
+    """There is too little room on a disk; what was to be written is all right."""
 
 
 @contextlib.contextmanager
@@ -33,6 +37,22 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def used_up(remove: Callable[[], object]) -> Iterator[None]:
+    """Removes what a block uses when the block has succeeded, or has found it of no use (CatdogError).
+
+    After anything else, such as an interrupt or a full disk, it stays for the next run.
+    """
+    try:
+        yield
+    except DiskSpaceError:
+        raise
+    except CatdogError:
+        remove()
+        raise
+    remove()
 
 
 @contextlib.contextmanager
@@ -98,14 +118,14 @@ def require_disk_space(folder: Path, needed: int, purpose: str) -> None:
         purpose: what the bytes are for, for the message.
 
     Raises:
-        CatdogError: fewer bytes are free.
+        DiskSpaceError: fewer bytes are free.
     """
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise CatdogError(
+        raise DiskSpaceError(
             f"{purpose} needs {needed / 1e6:,.0f} MB but {os.fspath(folder)} has {free / 1e6:,.0f} MB free; "
             "free some space (`catdog clean`, then `dvc gc --all-commits --all-experiments`)"
         )

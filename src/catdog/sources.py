@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +25,10 @@ from catdog.archives import Rename, open_archive, pack_archive, pack_folder
 from catdog.catalog import KAGGLE_COMPETITION, NAMES, PUBLISHED, Published, is_drive_url, is_named
 from catdog.clients import export_tfds, fetch_drive, fetch_kaggle
 from catdog.errors import CatdogError
-from catdog.files import require_disk_space, sha256_of, written_aside
+from catdog.files import require_disk_space, sha256_of, used_up, written_aside
 from catdog.fingerprint import dvc_tracking
 from catdog.sample import write_sample
-from catdog.transfer import download, public_url
+from catdog.transfer import downloaded, public_url
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,7 @@ def _download_and_pack(
     size: int | None = None,
     rename: Rename | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    with _working_folder(downloads) as folder:
-        archive = folder / "archive"
-        got = download(urls, archive, parts=downloads, sha256=sha256, size=size)
+    with downloaded(urls, target, parts=downloads, sha256=sha256, size=size) as (archive, got):
         kind = pack_archive(archive, target, rename=rename, location=name)
     origin = {"url": got.url, "archive_sha256": got.sha256, "etag": got.etag, "last_modified": got.last_modified}
     return kind, {key: value for key, value in origin.items() if value}
@@ -191,16 +188,14 @@ def _fetch_drive(dataset: str, target: Path, downloads: Path, sha256: str) -> tu
 def _fetched(client: Callable[[Path], Path], downloads: Path, name: str) -> Iterator[Path]:
     """What a client brings into a folder of its own, which goes when the data has been packed, or was of no use.
 
-    Where the client was cut off the folder stays, so that it can go on. One process at a time: workers of DVC's queue
-    may bring the same data.
+    Where the client or the packing was cut off the folder stays, so that the next run goes on. One process at a time:
+    workers of DVC's queue may bring the same data.
     """
     downloads.mkdir(parents=True, exist_ok=True)
     with FileLock(downloads / f"{name}.lock"):
         path = client(downloads / name)
-        try:
+        with used_up(lambda: shutil.rmtree(downloads / name)):
             yield path
-        finally:
-            shutil.rmtree(downloads / name)
 
 
 def _fetch_archive(path: Path, dataset: str, target: Path, root: Path, sha256: str) -> tuple[str, dict[str, Any]]:
@@ -246,11 +241,3 @@ def _require_tracked_state(path: Path, root: Path) -> dict[str, Any]:
             f"{data} is not what {name} records; `dvc add {data}` records the change, `dvc checkout {name}` undoes it"
         )
     return {"dvc_file": name, "dvc_hash": recorded}
-
-
-@contextlib.contextmanager
-def _working_folder(parent: Path) -> Iterator[Path]:
-    """A folder in `parent` that disappears with what is in it."""
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        yield Path(folder)

@@ -2,7 +2,8 @@
 
 The bytes collect in a part, beside a small JSON that says which version of the file they belong to. A part outlives
 the process that began it, however that ended; it is continued only where the server proves that the file is still
-the same, and becomes the target only after its size and SHA-256 were checked.
+the same, and is handed out only after its size and SHA-256 were checked. It goes when it was used: a whole part that
+could not be packed is found again as one that lacks nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import hashlib
 import http
 import json
 import re
-import shutil
 import ssl
 import sys
 import time
@@ -28,7 +28,7 @@ from urllib.parse import unquote_plus, urljoin, urlsplit
 from tqdm import tqdm
 
 from catdog.errors import CatdogError
-from catdog.files import require_disk_space, sha256_of, write_json, written_aside
+from catdog.files import require_disk_space, sha256_of, used_up, write_json
 
 if TYPE_CHECKING:
     import requests
@@ -125,7 +125,8 @@ class _Refused(Exception):
     """A mirror will not give the file, however often it is asked."""
 
 
-def download(
+@contextlib.contextmanager
+def downloaded(
     urls: Sequence[str],
     target: Path,
     *,
@@ -133,37 +134,59 @@ def download(
     sha256: str = "",
     size: int | None = None,
     patience: Patience = Patience(),
-) -> Transferred:
-    """Downloads a file from the first mirror that gives it as it should be.
+) -> Iterator[tuple[Path, Transferred]]:
+    """Downloads a file from the first mirror that gives it as it should be, and removes it when the block has used it.
 
-    A call after a cut, or after a killed process, goes on where the part ends. Of two processes that download the
-    same file into the same `parts`, the second waits for the first and then fetches its own.
+    A call after a cut, or after a killed process, goes on where the part ends. A file that the block could not use
+    up, see `files.used_up`, is taken by the next call. Of two processes that download the same file into the same
+    `parts`, the second waits until the first has used its own.
 
     Args:
         urls: mirrors of one file, in the order in which they are tried: http, https, s3, gs, or any other protocol
             that fsspec has a client for.
-        target: the file to write; it appears whole or not at all.
-        parts: the folder of unfinished downloads.
+        target: what the block will make of the file. Room for one as large is asked for with that for the file.
+        parts: the folder of downloads that are unfinished or unused.
         sha256: of the file, 64 hexadecimal digits, or "" where it is unknown. With it a mirror can continue what
             another one began.
         size: of the file in bytes, where it is known.
         patience: for each mirror.
 
+    Yields:
+        The file, to be read only, and what is known of it.
+
     Raises:
         CatdogError: no mirror gave the file, or the disk is full or cannot be written to.
     """
+    with contextlib.ExitStack() as held:
+        part, transferred = _from_first_mirror(urls, target, parts, sha256.lower(), size, patience, held)
+        with used_up(lambda: _remove(part)):
+            yield part, transferred
+
+
+def _from_first_mirror(
+    urls: Sequence[str],
+    target: Path,
+    parts: Path,
+    sha256: str,
+    size: int | None,
+    patience: Patience,
+    held: contextlib.ExitStack,
+) -> tuple[Path, Transferred]:
+    """Returns the whole part of the first mirror that gives it; `held` keeps other processes from it."""
     reasons: dict[str, str] = {}
     begun: list[Path] = []
     for number, url in enumerate(urls, start=1):
         shown = public_url(url)
-        key = sha256.lower() or hashlib.sha256(shown.encode()).hexdigest()
-        job = _Job(target, parts / f"{key}.part", sha256.lower(), size, patience)
+        key = sha256 or hashlib.sha256(shown.encode()).hexdigest()
+        job = _Job(target, parts / f"{key}.part", sha256, size, patience)
         try:
-            with _alone(job.part):
+            with contextlib.ExitStack() as alone:
+                alone.enter_context(_alone(job.part))
                 transferred = _from_mirror(url, job)
-            for part in begun:
-                _forget(part)
-            return transferred
+                for part in set(begun) - {job.part}:
+                    _forget(part)
+                held.push(alone.pop_all())
+                return job.part, transferred
         except _Refused as refused:
             reasons[shown] = str(refused)
             begun.append(job.part)
@@ -219,11 +242,16 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def _from_mirror(url: str, job: _Job) -> Transferred:
-    """Downloads, checks and moves; a file that is not what it should be is fetched once more.
+    """Fills the part and checks it; a file that is not what it should be is fetched once more.
 
     Raises:
         _Refused: the mirror does not give the file.
     """
+    known, length = _read_version(job.part), _length(job.part)
+    # Without a known SHA-256 only the server can tell whether a part that lacks nothing is still the file.
+    if job.sha256 and known is not None and known.total == length > 0 and sha256_of(job.part) == job.sha256:
+        _say(f"all {_megabytes(length)} are here from before")
+        return Transferred(known.url, length, job.sha256, known.etag, known.last_modified)
     problem = ""
     for _ in range(2):
         if problem:
@@ -235,8 +263,6 @@ def _from_mirror(url: str, job: _Job) -> Transferred:
         elif job.sha256 and digest != job.sha256:
             problem = f"it gives a file with another SHA-256, {digest} instead of {job.sha256}"
         else:
-            _move(job.part, job.target)
-            _version_path(job.part).unlink()
             return Transferred(version.url, received, digest, version.etag, version.last_modified)
         job.part.unlink()
     raise _Refused(problem)
@@ -301,7 +327,7 @@ def _attempt(url: str, job: _Job, *, first: bool) -> _Version:
             if first:
                 _say(f"going on after {_megabytes(length)}")
         if version.total is not None:
-            _require_room(job, missing=version.total - reply.offset, total=version.total)
+            _require_room(url, job, missing=version.total - reply.offset, total=version.total)
         write_json(_version_path(job.part), asdict(version))
         limit = job.size if version.total is None else version.total
         with job.part.open("ab") as file, _bar(reply.offset, version.total) as bar:
@@ -618,25 +644,15 @@ def _read_version(part: Path) -> _Version | None:
         return None
 
 
-def _require_room(job: _Job, *, missing: int, total: int) -> None:
-    """Raises CatdogError unless the rest fits where the part is, and the whole where the target will be."""
-    purpose = f"downloading {job.target.name}"
-    require_disk_space(job.part.parent, missing, purpose)
+def _require_room(url: str, job: _Job, *, missing: int, total: int) -> None:
+    """Raises CatdogError unless the rest fits where the part is, and as much as the whole where the target will be."""
+    purpose = f"downloading {public_url(url)}"
     job.target.parent.mkdir(parents=True, exist_ok=True)
-    if job.target.parent.stat().st_dev != job.part.parent.stat().st_dev:
-        require_disk_space(job.target.parent, total, purpose)
-
-
-def _move(part: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        part.replace(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        with written_aside(target) as aside:
-            shutil.copyfile(part, aside)
-        part.unlink()
+    if job.target.parent.stat().st_dev == job.part.parent.stat().st_dev:
+        require_disk_space(job.part.parent, missing + total, f"{purpose} and packing it")
+    else:
+        require_disk_space(job.part.parent, missing, purpose)
+        require_disk_space(job.target.parent, total, f"packing {public_url(url)}")
 
 
 @contextlib.contextmanager
@@ -662,8 +678,12 @@ def _forget(part: Path) -> None:
     from filelock import FileLock, Timeout
 
     with contextlib.suppress(Timeout), FileLock(part.with_suffix(".lock"), timeout=0):
-        part.unlink(missing_ok=True)
-        _version_path(part).unlink(missing_ok=True)
+        _remove(part)
 
 
-__all__ = ["Patience", "Transferred", "download", "identity", "public_url"]
+def _remove(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _version_path(part).unlink(missing_ok=True)
+
+
+__all__ = ["Patience", "Transferred", "downloaded", "identity", "public_url"]
