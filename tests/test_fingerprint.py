@@ -8,7 +8,7 @@ import threading
 import pytest
 import yaml
 
-from catdog.fingerprint import curation_fingerprint, dvc_tracking, fingerprint, weights_fingerprint
+from catdog.fingerprint import curation_fingerprint, dataset_path, dvc_tracking, fingerprint, weights_fingerprint
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_named_sets_are_told_by_their_name(name, tmp_path):
     assert fingerprint(name, tmp_path) == {"dataset": name}
 
 
-@pytest.mark.parametrize("value", ["gone", "a\0b", "x" * 5000, ""])
+@pytest.mark.parametrize("value", ["gone", "a\0b", "a\0b/../c", "../gone", "x" * 5000, ""])
 def test_value_that_means_nothing_is_left_to_the_download(value, tmp_path):
     assert fingerprint(value, tmp_path / "empty")["files"] is None
 
@@ -136,6 +136,23 @@ def test_file_of_dvc_is_found_beside_the_data_and_above_it(folder, tmp_path):
     assert before["dvc_hash"] == "abc.dir"
     (tmp_path / "pets.dvc").write_text(yaml.safe_dump({"outs": [{"md5": "def.dir", "path": "pets"}]}))
     assert fingerprint("pets", tmp_path) != before
+
+
+def test_path_into_another_project_of_dvc_is_none_of_this_ones_business(folder, tmp_path):
+    (tmp_path / "pets.dvc").write_text(yaml.safe_dump({"outs": [{"md5": "abc.dir", "path": "pets"}]}))
+    (root := tmp_path / "project").mkdir()
+    assert dataset_path("../pets", root) == folder
+    assert dvc_tracking(dataset_path("../pets", root), root) is None
+    assert "dvc_hash" not in fingerprint("../pets", root)
+    assert dvc_tracking(dataset_path("project/../pets", tmp_path), tmp_path) == (tmp_path / "pets.dvc", "abc.dir")
+
+
+def test_links_stay_in_a_path_and_above_one_is_what_the_system_finds_there(folder, tmp_path):
+    (root := tmp_path / "project").mkdir()
+    (root / "link").symlink_to(folder / "cat")
+    assert dataset_path("link", root) == root / "link"
+    assert dataset_path("link/../dog", root) == folder / "dog"
+    assert fingerprint("link/../dog", root)["files"] == fingerprint(str(folder / "dog"), root)["files"] is not None
 
 
 def test_lists_are_told_by_their_contents(tmp_path):

@@ -486,3 +486,14 @@ def test_archive_with_archives_inside_as_kaggle_gives_it(tmp_path, target):
 def test_data_that_dvc_tracks_but_did_not_bring_is_told(tmp_path, target):
     (tmp_path / "pets.dvc").write_text("outs:\n- md5: abc.dir\n  path: pets\n")
     assert "`dvc pull pets.dvc` brings it" in refused("pets", target)
+    (root := tmp_path / "project").mkdir()
+    with pytest.raises(CatdogError, match=f"`dvc pull` in {tmp_path} brings it"):
+        bring("../pets", target, root=root)
+
+
+def test_data_of_another_project_of_dvc_comes_by_a_relative_path(tmp_path, target):
+    make_folder(tmp_path / "registry/pets")
+    (tmp_path / "registry/pets.dvc").write_text("outs:\n- md5: abc.dir\n  path: pets\n")
+    (root := tmp_path / "project").mkdir()
+    facts = bring("../registry/pets", target, root=root)
+    assert facts.files == len(FILES) and facts.origin == {}

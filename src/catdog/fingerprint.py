@@ -47,10 +47,22 @@ def fingerprint(dataset: str, root: Path, former: dict[str, Any] | None = None) 
 
 
 def dataset_path(dataset: str, root: Path) -> Path | None:
-    """Returns the path that a `dataset` means, or None where it is a name or an address."""
+    """Returns the path that a `dataset` means, without "..", or None where it is a name or an address."""
     if is_named(dataset) or "://" in dataset:
         return None
-    return root / Path(dataset).expanduser()
+    return _without_dots(root / Path(dataset).expanduser())
+
+
+def _without_dots(path: Path) -> Path:
+    """Removes "..", so that the path itself says whether it lies in the repository; links stay, but before a ".."."""
+    kept = Path()
+    try:
+        for part in path.parts:
+            # Above a link to a folder is what lies above the folder, not above the link.
+            kept = Path(os.path.realpath(kept)).parent if part == ".." else kept / part
+    except ValueError:  # a name that no file can have
+        return path
+    return kept
 
 
 def dvc_tracking(path: Path, root: Path) -> tuple[Path, str] | None:

@@ -22,11 +22,11 @@ from typing import Any
 from filelock import FileLock
 
 from catdog.archives import Rename, open_archive, pack_archive, pack_folder
-from catdog.catalog import KAGGLE_COMPETITION, NAMES, PUBLISHED, Published, is_drive_url, is_named
+from catdog.catalog import KAGGLE_COMPETITION, NAMES, PUBLISHED, Published, is_drive_url
 from catdog.clients import export_tfds, fetch_drive, fetch_kaggle
 from catdog.errors import CatdogError
 from catdog.files import require_disk_space, sha256_of, used_up, written_aside
-from catdog.fingerprint import dvc_tracking
+from catdog.fingerprint import dataset_path, dvc_tracking
 from catdog.sample import write_sample
 from catdog.transfer import downloaded, public_url
 
@@ -90,8 +90,8 @@ def choose_source(dataset: str, *, root: Path, seed: int, sample_images: int, sh
         return lambda target: _fetch_drive(dataset, target, downloads, sha256)
     if "://" in dataset:
         return lambda target: _fetch_address(dataset, target, downloads, sha256)
-    path = root / Path(dataset).expanduser()
-    if not is_named(dataset) and _kind_of_path(path, dataset) == "archive":
+    path = dataset_path(dataset, root)
+    if path is not None and _kind_of_path(path, dataset, root) == "archive":
         return lambda target: _fetch_archive(path, dataset, target, root, sha256)
     if sha256:
         raise CatdogError(
@@ -101,10 +101,11 @@ def choose_source(dataset: str, *, root: Path, seed: int, sample_images: int, sh
         return lambda target: _draw_sample(target, sample_images, seed)
     if dataset.startswith("tfds:"):
         return lambda target: ("tfds", export_tfds(dataset.removeprefix("tfds:"), target))
+    assert path is not None, "every name has been told apart"
     return lambda target: _fetch_folder(path, target, root)
 
 
-def _kind_of_path(path: Path, dataset: str) -> str:
+def _kind_of_path(path: Path, dataset: str, root: Path) -> str:
     """Returns "folder" or "archive"; raises CatdogError when the path is neither."""
     try:
         if path.is_dir():
@@ -117,7 +118,8 @@ def _kind_of_path(path: Path, dataset: str) -> str:
         ) from None
     close = difflib.get_close_matches(dataset, NAMES, n=1)
     if path.with_name(path.name + ".dvc").is_file():
-        hint = f"DVC tracks it, but it is not here: `dvc pull {dataset}.dvc` brings it"
+        command = f"`dvc pull {dataset}.dvc`" if path.is_relative_to(root) else f"`dvc pull` in {path.parent}"
+        hint = f"DVC tracks it, but it is not here: {command} brings it"
     elif close:
         hint = f"did you mean {close[0]}?"
     else:
