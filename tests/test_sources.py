@@ -196,6 +196,19 @@ def test_sample_is_drawn(tmp_path, target):
     assert bring("sample", again).sha256 == facts.sha256
 
 
+@pytest.mark.parametrize("dataset", ["data", "data/", ".", "", "..", "link", "pets/.."])
+def test_folder_that_holds_the_pipelines_own_files_is_told(tmp_path, dataset):
+    root = tmp_path / "project"
+    for pets in ("data/pets", "pets"):
+        make_folder(root / pets)
+    (root / "link").symlink_to("data")
+    with pytest.raises(CatdogError, match="pipeline's own files") as caught:
+        bring(dataset, root / "data/raw.zip")
+    assert str(caught.value).startswith(f"dataset = {dataset!r} holds {root}")
+    assert "move the pictures into a folder of their own" in str(caught.value)
+    assert bring("data/pets", root / "data/raw.zip").files == len(FILES)  # beside them
+
+
 def test_missing_path_is_named_with_the_place_looked_at(tmp_path, target):
     told = refused("data/none.zip", target)
     assert "'data/none.zip' does not exist" in told

@@ -27,6 +27,7 @@ from catdog.clients import export_tfds, fetch_drive, fetch_kaggle
 from catdog.errors import CatdogError
 from catdog.files import require_disk_space, sha256_of, used_up, written_aside
 from catdog.fingerprint import dataset_path, dvc_tracking
+from catdog.paths import RAW
 from catdog.sample import write_sample
 from catdog.transfer import downloaded, public_url
 
@@ -102,6 +103,7 @@ def choose_source(dataset: str, *, root: Path, seed: int, sample_images: int, sh
     if dataset.startswith("tfds:"):
         return lambda target: ("tfds", export_tfds(dataset.removeprefix("tfds:"), target))
     assert path is not None, "every name has been told apart"
+    _require_own_folder(path, dataset, root)
     return lambda target: _fetch_folder(path, target, root)
 
 
@@ -128,6 +130,17 @@ def _kind_of_path(path: Path, dataset: str, root: Path) -> str:
             "relative to the repository root"
         )
     raise CatdogError(f"dataset = {dataset!r} does not exist ({path}); {hint}")
+
+
+def _require_own_folder(path: Path, dataset: str, root: Path) -> None:
+    """Raises CatdogError for a folder that holds the repository, or the data that the pipeline itself writes."""
+    folder = path.resolve()
+    for inside in (root, (root / RAW).parent):
+        if inside.resolve().is_relative_to(folder):
+            raise CatdogError(
+                f"dataset = {dataset!r} holds {inside}, where the pipeline's own files lie, which would be packed with "
+                "the pictures; move the pictures into a folder of their own, e.g. pictures, and give that"
+            )
 
 
 def _draw_sample(target: Path, count: int, seed: int) -> tuple[str, dict[str, Any]]:
