@@ -11,7 +11,14 @@ from mlflow import MlflowClient
 from catdog import cli
 from catdog.bootstrap import holm
 from catdog.compared_runs import parse_predictions, read_runs
-from catdog.comparison import ComparedRun, compare, format_markdown, format_text, verdict_sentences
+from catdog.comparison import (
+    ComparedRun,
+    _group_numbers,
+    compare,
+    format_markdown,
+    format_text,
+    verdict_sentences,
+)
 from catdog.errors import CatdogError
 from catdog.evaluation import LabelledPredictions, prediction_table
 from conftest import REPOSITORY, Project
@@ -29,7 +36,8 @@ def predictions(correct, confidence=0.9, classes=("cat", "dog")):
 
 
 def run(name, predictions, **details):
-    return ComparedRun(**{"name": name, "params": {}, "metrics": {}, "predictions": predictions} | details)
+    alone = {"name": name, "params": {}, "metrics": {}, "predictions": predictions, "groups": {}}
+    return ComparedRun(**alone | details)
 
 
 def where(images, *wrong):
@@ -62,6 +70,57 @@ def test_a_worse_candidate_is_told_as_such():
     assert verdict.outcome == "worse"
     assert (verdict.only_baseline, verdict.only_candidate) == (14, 3)
     assert verdict_sentences(verdict)[0].endswith("p = 0.013: B is better.")
+
+
+# Near-duplicates
+
+
+SCENES = {f"photos/{number}.jpg": f"scene {number // 4}" for number in range(240)}
+
+
+def test_groups_are_drawn_together():
+    # A has all four pictures of three scenes right that B has wrong: McNemar's test counts twelve.
+    a, b = predictions(where(240)), predictions(where(240, *range(12)))
+    alone, together = (compare([run("A", a, groups=groups), run("B", b, groups=groups)]) for groups in ({}, SCENES))
+    (told,), (grouped,) = alone.verdicts, together.verdicts
+    assert (told.outcome, told.grouped, grouped.outcome, grouped.grouped) == ("worse", False, "unclear", True)
+    # That none of three of sixty scenes is drawn has a chance of (57/60)^60 = 0.046, on the one side.
+    assert grouped.differences[0].p == pytest.approx(2 * (57 / 60) ** 60, abs=0.02)
+    assert "p = 0.0" in verdict_sentences(grouped)[0]
+    assert verdict_sentences(grouped)[0].endswith(
+        " by a bootstrap of whole groups of near-duplicates: no difference can be told with 240 test images."
+    )
+    assert "McNemar's test would take them for independent." in format_text(together)
+    assert "near-duplicates" not in format_text(alone)
+    # The intervals of the runs themselves, too.
+    width = [entry.metrics["accuracy"][1].high - entry.metrics["accuracy"][1].low for entry in (alone, together)]
+    assert width[1] > 1.7 * width[0]
+
+
+def test_groups_of_one_image_change_no_byte():
+    names = {path: str(1000 - number) for number, path in enumerate(BASELINE.predictions.paths)}
+    single = [replace(entry, groups=names) for entry in (BASELINE, CANDIDATE)]
+    assert format_text(compare(single)) == format_text(compare([BASELINE, CANDIDATE]))
+
+
+def test_images_that_either_run_has_in_a_group_belong_together():
+    paths = BASELINE.predictions.paths
+    a, b = {paths[0]: "x", paths[1]: "x"}, {paths[1]: "y", paths[2]: "y"}
+    numbers = _group_numbers(paths, replace(BASELINE, groups=a), replace(CANDIDATE, groups=b))
+    assert numbers[0] == numbers[1] == numbers[2]
+    assert len(set(numbers)) == 98
+
+
+def test_runs_without_a_manifest_are_told():
+    unknown = [replace(entry, groups=None) for entry in (BASELINE, CANDIDATE)]
+    text = format_text(compare(unknown))
+    for name in "AB":
+        assert f"CAUTION: data/manifest.csv of {name} cannot be had, which tells near-duplicates" in text
+    assert "CAUTION: near-duplicates among the test images are not known, so each image counts on its own" in text
+    # That of the other one tells as much of the images that both judged.
+    comparison = compare([BASELINE, unknown[1]])
+    assert comparison.verdicts[0].cautions == ()
+    assert [note.partition(" cannot")[0] for note in comparison.notes] == ["data/manifest.csv of B"]
 
 
 def test_few_images_tell_nothing():
@@ -361,14 +420,17 @@ stages:
     params: [seed]
     outs: [data/raw.zip]
   evaluate:
-    cmd: mkdir -p reports && cp made/${train.epochs}.csv reports/predictions.csv && cp made/metrics.json reports/
+    cmd:
+      - mkdir -p reports && cp made/${train.epochs}.csv reports/predictions.csv
+      - cp made/metrics.json reports/ && cp made/manifest.csv data/
     params: [train]
     deps: [made, data/raw.zip]
-    outs: [reports/predictions.csv]
+    outs: [reports/predictions.csv, data/manifest.csv]
     metrics:
       - reports/metrics.json: {cache: false}
 """
 PARAMS = "seed: 20\ntrain:\n  epochs: {}\n  learning_rate: 0.001\n"
+IMAGES = [f"photos/{number}.jpg" for number in range(-2, 60)]
 RIGHT = {10: where(60, 0, 1, 2, 3), 20: where(60), 30: where(60, 5)}
 
 
@@ -383,6 +445,8 @@ def original(tmp_path_factory):
     for epochs, correct in RIGHT.items():
         table = prediction_table(predictions(correct)).to_csv(index=False)
         (project.root / f"made/{epochs}.csv").write_text(table)
+    manifest = "path,label,group\n" + "".join(f"{path},?,{number // 2}\n" for number, path in enumerate(IMAGES))
+    (project.root / "made/manifest.csv").write_text(manifest)
     (project.root / "made/metrics.json").write_text('{"accuracy": 0.9, "test_images": 60}\n')
     (project.root / "params.yaml").write_text(PARAMS.format(10))
     (project.root / "dvc.yaml").write_text(DVC_YAML)
@@ -430,6 +494,7 @@ def test_revisions_experiments_and_the_workspace_are_read(project):
         assert mistakes(run) == np.flatnonzero(~RIGHT[number]).tolist()
         assert run.metrics == {"accuracy": 0.9, "test_images": 60}
         assert run.notes == ()
+        assert run.groups == {path: str(number // 2) for number, path in enumerate(IMAGES) if number > 1}
     assert len({run.data for run in runs}) == 1
     assert len(runs[0].data) == 32
 
@@ -529,6 +594,39 @@ def test_a_remote_that_cannot_be_used_is_told(project):
     )
     with pytest.raises(CatdogError, match=r"first cannot be read through DVC \(.*\); check its settings and its"):
         read_runs(project.root, ["first"])
+
+
+@pytest.mark.parametrize("change", ["no column", "lost", "lost, and the remote fails"])
+def test_a_revision_without_a_manifest_is_compared_with_a_caution(project, monkeypatch, change):
+    from dvc.api import DVCFileSystem
+
+    manifest = project.root / "data/manifest.csv"
+    digest = project.out_hashes()["data/manifest.csv"]
+    manifest.unlink()
+    if change == "no column":
+        manifest.write_text("path,label\n")
+    else:
+        (project.root / ".dvc/cache/files/md5" / digest[:2] / digest[2:]).unlink()
+    if change == "lost, and the remote fails":
+        read = DVCFileSystem.read_text
+
+        def fail(files, path, **options):
+            if path == "data/manifest.csv":
+                raise PermissionError("no credentials")
+            return read(files, path, **options)
+
+        monkeypatch.setattr(DVCFileSystem, "read_text", fail)
+    (workspace,) = read_runs(project.root, ["workspace"])
+    assert workspace.groups is None
+    text = format_text(compare([workspace, replace(workspace, name="other")]))
+    assert "CAUTION: data/manifest.csv of workspace cannot be had" in text
+
+
+def test_a_manifest_that_is_no_table_is_told(project):
+    (project.root / "data/manifest.csv").unlink()
+    (project.root / "data/manifest.csv").write_text('path,group\n"a')
+    with pytest.raises(CatdogError, match=r"data/manifest\.csv of workspace is not a table: .*; `dvc repro` writes it"):
+        read_runs(project.root, ["workspace"])
 
 
 def test_a_revision_without_results(project):

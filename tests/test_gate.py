@@ -25,7 +25,7 @@ def run(name, wrong, *, images=60, classes=("cat", "dog"), first=0, **metrics) -
         tuple(f"{first + number}.jpg" for number in range(images)), labels, probabilities, classes, 0.5
     )
     reported = {"accuracy": 1 - len(wrong) / images, "ece": 0.02} | metrics
-    return ComparedRun(name, {}, reported, predictions)
+    return ComparedRun(name, {}, reported, predictions, groups={})
 
 
 def candidate(wrong=range(3), **changes) -> Candidate:
@@ -103,6 +103,25 @@ def test_difference_that_the_images_cannot_tell_passes_and_says_so():
     checks = check(candidate(range(12)), run("v1.0.0", range(54, 60)), POLICY)
     (told,) = [entry for entry in checks if entry.name == "incumbent"]
     assert told.passed and "no difference can be told with 60 test images" in told.sentence
+
+
+def test_near_duplicates_do_not_make_a_model_worse():
+    # Three scenes of four pictures each, all of which the candidate has wrong: 12 mistakes, but of three kinds.
+    groups = {f"{number}.jpg": str(number // 4) for number in range(240)}
+    serving, new = run("v1.0.0", (), images=240), run("new", range(12), images=240)
+    assert set(failed(candidate(run=new), serving)) == {"incumbent"}
+    checks = check(candidate(run=replace(new, groups=groups)), replace(serving, groups=groups), POLICY)
+    (told,) = [entry for entry in checks if entry.name == "incumbent"]
+    assert (
+        told.passed and "by a bootstrap of whole groups of near-duplicates: no difference can be told" in told.sentence
+    )
+
+
+def test_unknown_near_duplicates_are_told():
+    unknown = [replace(entry, groups=None) for entry in (run("v1.0.0", range(3)), run("new", range(3)))]
+    checks = check(candidate(run=unknown[1]), unknown[0], POLICY)
+    (told,) = [entry for entry in checks if entry.name == "incumbent"]
+    assert told.passed and "near-duplicates among the test images are not known" in told.sentence
 
 
 def test_better_model_passes():

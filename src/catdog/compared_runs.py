@@ -297,6 +297,11 @@ def _read_revision(root: Path, name: str, commit: str | None, remedy: str) -> Co
         raise CatdogError(
             f"{predictions} of {name} {lost if predictions.as_posix() in outs else 'does not exist'}; {remedy}"
         )
+    parsed = parse_predictions(text, f"{predictions} of {name}")
+    try:
+        manifest = read(paths.MANIFEST)
+    except CatdogError:
+        manifest = ""  # the comparison says that it cannot be had
     notes = (
         f"{paths.PARAMS} of {name} was changed after its last run, in {listed(changed)}; shown are the values that "
         "made the results",
@@ -305,10 +310,27 @@ def _read_revision(root: Path, name: str, commit: str | None, remedy: str) -> Co
         name,
         current | used,
         _read_metrics(read(paths.METRICS), f"{paths.METRICS} of {name}"),
-        parse_predictions(text, f"{predictions} of {name}"),
+        parsed,
+        groups=_read_groups(manifest, parsed.paths, f"{paths.MANIFEST} of {name}"),
         data=outs.get(paths.RAW.as_posix(), ""),
         notes=notes if changed else (),
     )
+
+
+def _read_groups(text: str, images: Iterable[str], source: str) -> dict[str, str] | None:
+    """The manifest's groups of the test images, by path; None where there is no manifest that tells them."""
+    if not text:
+        return None
+    try:
+        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise CatdogError(
+            f"{source} is not a table: {' '.join(str(error).split())}; {_MAKE_IT} writes it anew"
+        ) from None
+    if not {"path", "group"} <= set(table.columns):
+        return None
+    groups = dict(zip(table["path"], table["group"], strict=True))
+    return {path: groups[path] for path in images if path in groups}
 
 
 def _read_yaml(text: str, source: str) -> dict[str, Any]:

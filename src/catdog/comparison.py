@@ -4,7 +4,9 @@ The first run is the baseline; every other one is a candidate that is held again
 
 Accuracy decides. McNemar's exact test looks at the images on which exactly one of the two is right (Dietterich 1998,
 "Approximate statistical tests for comparing supervised classification learning algorithms"). Every other metric gets a
-paired bootstrap: the same resampled images for both. The more one looks at, the more differs by chance, so p-values
+paired bootstrap: the same resampled images for both. McNemar's test takes the images for independent, which
+near-duplicates are not: where there are some, accuracy gets the bootstrap, too, and whole groups of them are drawn, as
+`evaluate` does. The more one looks at, the more differs by chance, so p-values
 are corrected after Holm (1979): those of accuracy for the number of candidates, and those of the other metrics for the
 number of candidates times metrics.
 """
@@ -18,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from catdog import paths
@@ -36,6 +39,12 @@ RESAMPLES = 2000
 """Of the tests, for each candidate. Two in so many is the smallest p-value, which is then corrected for ten metrics."""
 INTERVAL_RESAMPLES = 1000
 
+UNKNOWN_GROUPS = (
+    "near-duplicates among the test images are not known, so each image counts on its own and a difference may be told "
+    "that is none"
+)
+"""The caution of a verdict on two runs without a manifest."""
+
 Outcome = Literal["better", "worse", "unclear"]
 """What a candidate is, compared with the baseline."""
 
@@ -48,6 +57,7 @@ class ComparedRun:
     params: Mapping[str, str]  # that made the results, by dotted name
     metrics: Mapping[str, float]  # of reports/metrics.json
     predictions: LabelledPredictions
+    groups: Mapping[str, str] | None = None  # by path, the same for near-duplicates, as in the manifest; None: unknown
     data: str = ""  # hash of the images it worked on; empty: unknown
     notes: tuple[str, ...] = ()  # what the reader should know about it, a sentence each
 
@@ -84,6 +94,7 @@ class Verdict:
     only_candidate: int
     differences: tuple[Difference, ...]  # accuracy first; empty where the two could not be tested
     cautions: tuple[str, ...] = ()  # a sentence each
+    grouped: bool | None = False  # whether near-duplicates were drawn together; None: not known which images are such
 
     @property
     def outcome(self) -> Outcome:
@@ -122,7 +133,7 @@ def compare(runs: Sequence[ComparedRun], *, resamples: int = RESAMPLES, seed: in
             raise CatdogError(f"{name} is named twice; name runs that differ")
     for run in candidates:
         _require_same_classes(baseline, run)
-    pairs = [_common_images(baseline.predictions, run.predictions) for run in candidates]
+    pairs = [_common_images(baseline, run) for run in candidates]
     differences = _test(pairs, resamples * len(candidates), seed)
     return Comparison(
         runs=tuple(names),
@@ -131,7 +142,7 @@ def compare(runs: Sequence[ComparedRun], *, resamples: int = RESAMPLES, seed: in
         verdicts=tuple(
             _verdict(baseline, run, pair, told) for run, pair, told in zip(candidates, pairs, differences, strict=True)
         ),
-        notes=tuple(note for run in runs for note in run.notes),
+        notes=tuple(note for run in runs for note in (*run.notes, *_group_notes(run))),
     )
 
 
@@ -141,6 +152,7 @@ class _Pair:
 
     a: LabelledPredictions
     b: LabelledPredictions
+    groups: npt.NDArray[np.int64] | None  # equal for near-duplicates; None: every image is on its own, or it is unknown
     enough: bool  # to test one against the other
 
 
@@ -158,8 +170,36 @@ def _require_same_classes(a: ComparedRun, b: ComparedRun) -> None:
     )
 
 
-def _common_images(a: LabelledPredictions, b: LabelledPredictions) -> _Pair:
+def _group_notes(run: ComparedRun) -> list[str]:
+    if run.groups is not None:
+        return []
+    return [
+        f"{paths.MANIFEST} of {run.name} cannot be had, which tells near-duplicates among its test images; its "
+        "intervals take each image on its own and may be too narrow"
+    ]
+
+
+def _group_numbers(names: Sequence[str], *runs: ComparedRun) -> npt.NDArray[np.int64] | None:
+    """Returns numbers that are equal for images that are in one group of any run; None where each is on its own."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    links: list[tuple[int, int]] = []
+    for run in runs:
+        first: dict[str, int] = {}
+        for row, name in enumerate(names):
+            if (group := (run.groups or {}).get(name)) is not None and first.setdefault(group, row) != row:
+                links.append((first[group], row))
+    if not links:
+        return None
+    left, right = zip(*links, strict=True)
+    graph = coo_array((np.ones(len(links), np.int8), (left, right)), shape=(len(names), len(names)))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def _common_images(a_run: ComparedRun, b_run: ComparedRun) -> _Pair:
     """Pairs the images of one path and one label."""
+    a, b = a_run.predictions, b_run.predictions
     place = {path: row for row, path in enumerate(b.paths)}
     rows = [
         (row, place[path])
@@ -167,7 +207,8 @@ def _common_images(a: LabelledPredictions, b: LabelledPredictions) -> _Pair:
         if path in place and a.labels[row] == b.labels[place[path]]
     ]
     enough = len(rows) >= max(1, LEAST_COMMON * min(len(a.paths), len(b.paths)))
-    return _Pair(_rows(a, [row for row, _ in rows]), _rows(b, [row for _, row in rows]), enough)
+    common = _rows(a, [row for row, _ in rows])
+    return _Pair(common, _rows(b, [row for _, row in rows]), _group_numbers(common.paths, a_run, b_run), enough)
 
 
 def _rows(predictions: LabelledPredictions, rows: Sequence[int]) -> LabelledPredictions:
@@ -190,11 +231,15 @@ def _test(pairs: Sequence[_Pair], resamples: int, seed: int) -> list[tuple[Diffe
     others: dict[tuple[int, str], float] = {}
     for number, pair in enumerate(pairs):
         # A metric that a class without images leaves undefined has nothing to say.
-        table = _by_metric(paired_differences(pair.a, pair.b, resamples, seed).dropna()) if pair.enough else {}
+        table = (
+            _by_metric(paired_differences(pair.a, pair.b, resamples, seed, pair.groups).dropna()) if pair.enough else {}
+        )
         tables.append(table)
         others |= {(number, metric): row["p"] for metric, row in table.items() if metric != "accuracy"}
         if pair.enough:
-            accuracy[number, "accuracy"] = mcnemar(pair.a.correct, pair.b.correct)[2]
+            independent = pair.groups is None
+            p = mcnemar(pair.a.correct, pair.b.correct)[2] if independent else table["accuracy"]["p"]
+            accuracy[number, "accuracy"] = p
     p_values = {
         test: p for family in (accuracy, others) for test, p in zip(family, holm([*family.values()]), strict=True)
     }
@@ -238,8 +283,12 @@ def _verdict(a: ComparedRun, b: ComparedRun, pair: _Pair, differences: tuple[Dif
             f"{a.name} and {b.name} worked on different versions of {paths.RAW}; images of the same path and label are "
             "taken for the same"
         )
+    unknown = a.groups is None and b.groups is None
+    if pair.enough and unknown:
+        cautions.append(UNKNOWN_GROUPS)
     only_a, only_b, _ = mcnemar(pair.a.correct, pair.b.correct)
-    return Verdict(a.name, b.name, common, only_a, only_b, differences, tuple(cautions))
+    grouped = None if unknown else pair.groups is not None
+    return Verdict(a.name, b.name, common, only_a, only_b, differences, tuple(cautions), grouped)
 
 
 def _differing_params(runs: Sequence[ComparedRun]) -> dict[str, tuple[str | None, ...]]:
@@ -260,7 +309,8 @@ def _metrics(runs: Sequence[ComparedRun], seed: int) -> dict[str, tuple[Estimate
     """Metrics of the predictions with intervals, then what else the runs report, e.g. a speed."""
     found: list[dict[str, Estimate]] = []
     for run in runs:
-        table = _by_metric(intervals(run.predictions, INTERVAL_RESAMPLES, seed).dropna(subset=["value"]))
+        groups = _group_numbers(run.predictions.paths, run)
+        table = _by_metric(intervals(run.predictions, INTERVAL_RESAMPLES, seed, groups).dropna(subset=["value"]))
         estimates = {metric: Estimate(**row) for metric, row in table.items()}
         images = {"test_images": Estimate(len(run.predictions.labels))}
         reported = {
@@ -330,7 +380,8 @@ def verdict_sentences(verdict: Verdict) -> list[str]:
         if verdict.only_candidate or verdict.only_baseline
         else f"{a} and {b} are right on the same pictures"
     )
-    sentences = [f"Accuracy: {disagreement}; {_p(accuracy.p)}: {told[accuracy.outcome]}."]
+    test = " by a bootstrap of whole groups of near-duplicates" if verdict.grouped else ""
+    sentences = [f"Accuracy: {disagreement}; {_p(accuracy.p)}{test}: {told[accuracy.outcome]}."]
     better = [entry.metric for entry in verdict.differences[1:] if entry.outcome == "better"]
     worse = [entry.metric for entry in verdict.differences[1:] if entry.outcome == "worse"]
     parts = [f"{name} is better in {listed(won)}" for name, won in ((b, better), (a, worse)) if won]
@@ -369,6 +420,7 @@ def _sections(comparison: Comparison) -> Iterator[_Section]:
             verdict.cautions,
         )
     if any(verdict.differences for verdict in comparison.verdicts):
+        grouped = any(verdict.grouped for verdict in comparison.verdicts)
         yield _Section(
             "How to read it",
             lines=[
@@ -376,8 +428,15 @@ def _sections(comparison: Comparison) -> Iterator[_Section]:
                 f"below {SIGNIFICANCE}.",
                 "p: McNemar's exact test for accuracy, a paired bootstrap for the rest; corrected (Holm) for the "
                 "number of runs, and of the other metrics.",
+                *([_ABOUT_GROUPS] if grouped else []),
             ],
         )
+
+
+_ABOUT_GROUPS = (
+    "Where test images are near-duplicates of each other, accuracy has the bootstrap, too, and whole groups are drawn: "
+    "McNemar's test would take them for independent."
+)
 
 
 def _estimate(estimate: Estimate | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from catdog.comparison import ComparedRun, Verdict, compare, verdict_sentences
+from catdog.comparison import UNKNOWN_GROUPS, ComparedRun, Verdict, compare, verdict_sentences
 from catdog.config import PromoteParams
 from catdog.errors import CatdogError
 
@@ -127,7 +127,8 @@ def _check_incumbent(candidate: Candidate, incumbent: ComparedRun | str | None) 
 
 def _compared(verdict: Verdict, found: float, wanted: float) -> str:
     told = verdict_sentences(verdict)[0].removeprefix("Accuracy: ").removesuffix(".")
-    return f"accuracy {found:.6g}, {verdict.baseline} has {wanted:.6g}; {told}"
+    caution = f"; {UNKNOWN_GROUPS}" if verdict.grouped is None else ""
+    return f"accuracy {found:.6g}, {verdict.baseline} has {wanted:.6g}; {told}{caution}"
 
 
 def _check_limit(name: str, unit: str, found: float | None, limit: float) -> Check:
