@@ -26,7 +26,7 @@ from catdog.records import ImageRow, Shard, write_index, write_shard
 from catdog.runtime import prepare_keras
 from catdog.training import best_epoch, fit_head
 from catdog.tuning import HYPERBAND_TRIALS, Plan, build_oracle, plan_search, rank, ranking, train_params, tune
-from catdog.tuning_features import features_of, with_backbone
+from catdog.tuning_features import IMAGE_STAGES, features_of, with_backbone
 from conftest import Project, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName):DeprecationWarning")  # of Keras Tuner
@@ -61,6 +61,21 @@ def write_features(root, *, backbone="mobilenetv2", scale=1.0, seed=0):
     (folder / "features.json").write_text(json.dumps(info))
 
 
+def write_lock(root):
+    """Makes params.yaml the one with which the stages have run."""
+    yaml = YAML(typ="safe")
+    tree, pipeline = yaml.load(root / "params.yaml"), yaml.load(ROOT / "dvc.yaml")["stages"]
+    stages = {name: {"params": {"params.yaml": {}}} for name in (*IMAGE_STAGES, "embed")}
+    for name, entry in stages.items():
+        for key in pipeline[name]["params"]:
+            block, _, inner = key.partition(".")
+            entry["params"]["params.yaml"][key] = tree[block][inner] if inner else tree[block]
+    stages["preprocess"]["outs"] = [{"path": "data/tfrecords", "md5": "a"}]
+    stages["embed"]["deps"] = [{"path": "data/tfrecords", "md5": "a"}, {"path": "src/catdog/model.py", "md5": "b"}]
+    with (root / "dvc.lock").open("w") as file:
+        yaml.dump({"stages": stages}, file)
+
+
 def set_params(root, changes):
     yaml = YAML()
     tree = yaml.load(root / "params.yaml")
@@ -80,6 +95,7 @@ def template(tmp_path_factory):
     shutil.copy(ROOT / "params.yaml", root)
     set_params(root, {f"tune.{key}": value for key, value in SMALL.items()})
     write_features(root)
+    write_lock(root)
     (root / paths.TFRECORDS).mkdir(parents=True)
     (root / paths.PREPROCESS_REPORT).write_text(json.dumps({"classes": ["cat", "dog"]}))
     with pytest.MonkeyPatch.context() as patch:
@@ -568,7 +584,7 @@ def test_finished_search_is_only_shown(searched, five_trials, capsys):
         (lambda root: set_params(root, {"tune.dropout": "0.0..0.2"}), "the search space"),
         (lambda root: set_params(root, {"train.l2": 0.001}), "the block train"),
         (lambda root: write_features(root, seed=5), "the features"),
-        (lambda root: set_params(root, {"seed": 4}), "the seed"),
+        (lambda root: (set_params(root, {"seed": 4}), write_lock(root)), "the seed"),
     ],
     ids=["space", "train", "features", "seed"],
 )
@@ -632,6 +648,11 @@ def test_missing_features_are_told(root):
         ("weights", "random", "imagenet"),
         ("embed.pooling", "max", "avg"),
         ("augment.views", 2, "0"),
+        ("dataset", "microsoft", "sample"),
+        ("split.val", 0.2, "0.15"),
+        ("preprocess.image_size", 160, "224"),
+        ("seed", 21, "20"),
+        ("augment.flip", "none", "horizontal"),
     ],
 )
 def test_features_of_other_parameters_are_told(root, name, value, had):
@@ -639,6 +660,35 @@ def test_features_of_other_parameters_are_told(root, name, value, had):
     message = f"were made with {name} = {had}, but params.yaml says {value}; run `dvc repro` first"
     with pytest.raises(CatdogError, match=message):
         search(root)
+
+
+def test_features_of_other_images_are_told(root):
+    lock = root / "dvc.lock"
+    lock.write_text(lock.read_text().replace("md5: a", "md5: c", 1))
+    with pytest.raises(CatdogError, match="data/features were made before data/tfrecords changed; run `dvc repro` f"):
+        search(root)
+    lock.write_text("stages: {}")
+    with pytest.raises(CatdogError, match=r"dvc\.lock knows no run of the stage download; run `dvc repro` first"):
+        search(root)
+
+
+def test_numbers_that_are_written_in_another_way_are_the_same(root):
+    lock = root / "dvc.lock"
+    lock.write_text(lock.read_text().replace("image_size: 224", "image_size: 224.0").replace("test: 0.2", "test: 2e-1"))
+    assert "2e-1" in lock.read_text()
+    assert len(search(root, method="random", trials=1).trials) == 1
+
+
+def test_images_of_other_parameters_are_told_before_they_are_embedded(pictures):
+    set_params(pictures, {"preprocess.jpeg_quality": 80})
+    params = params_of(pictures)
+    message = "the images in data/tfrecords were made with preprocess.jpeg_quality = 95, but params.yaml says 80; run"
+    with pytest.raises(CatdogError, match=message):
+        features_of(pictures, params, with_backbone(params, "vgg16"))
+    # What only the embedding depends on may change: the features are made with it.
+    set_params(pictures, {"preprocess.jpeg_quality": 95, "embed.batch_size": 4})
+    params = params_of(pictures)
+    assert features_of(pictures, params, with_backbone(params, "vgg16")).is_dir()
 
 
 def test_parameters_that_no_trial_could_have_are_told_before_any(root):
@@ -777,6 +827,7 @@ def pictures(root):
     (root / paths.PREPROCESS_REPORT).write_text(json.dumps(report))
     (folder / "test-00000-of-00001.tfrecord").unlink()
     set_params(root, {"backbone": "resnet50", "weights": "random", "preprocess.image_size": 32, "augment.views": 1})
+    write_lock(root)
     return root
 
 

@@ -252,7 +252,7 @@ def tune(
             another process is at the same search, or every trial diverged.
     """
     folder = root / paths.FEATURES if features is None else features
-    described = read_features_info(folder, params)
+    described = read_features_info(root, folder, params)
     settings = _settings(params, method, trials)
     plan = plan_search(settings, params.seed if seed is None else seed)
     classes = len(read_json(root / paths.PREPROCESS_REPORT)["classes"])

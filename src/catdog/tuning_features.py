@@ -10,16 +10,24 @@ import numpy as np
 
 from catdog import paths
 from catdog.checkpoints import run_key
-from catdog.config import Params, validate_params
+from catdog.comparison import meaning
+from catdog.config import Params, _flatten, validate_params
 from catdog.errors import CatdogError
-from catdog.files import read_json, write_json
+from catdog.files import read_json, read_yaml, write_json
 
 SPLITS = ("train", "val")
 """What a search may see."""
+IMAGE_STAGES = ("download", "split", "preprocess")
+"""The stages that make the images of which features are made."""
 
 
-def read_features_info(folder: Path, params: Params) -> dict[str, Any]:
+def read_features_info(root: Path, folder: Path, params: Params) -> dict[str, Any]:
     """Returns what is known of stored features.
+
+    Args:
+        root: of the main repository.
+        folder: with the features.
+        params: those with which they must have been made.
 
     Raises:
         CatdogError: there are none, or they were not made with these parameters.
@@ -40,7 +48,41 @@ def read_features_info(folder: Path, params: Params) -> dict[str, Any]:
                 f"the features in {paths.FEATURES} were made with {name} = {info[key]}, but {paths.PARAMS} says "
                 f"{value}; run `dvc repro` first"
             )
+    if folder == root / paths.FEATURES:
+        require_current(root, params, (*IMAGE_STAGES, "embed"), f"the features in {paths.FEATURES}")
     return info
+
+
+def require_current(root: Path, params: Params, stages: Sequence[str], made: str) -> None:
+    """Refuses what stages made with other parameters, or from another output of an earlier one, going by dvc.lock.
+
+    Args:
+        root: of the main repository.
+        params: those that count.
+        stages: in the pipeline's order.
+        made: what they made, for the message.
+
+    Raises:
+        CatdogError: a stage has not run, or in another way.
+    """
+    lock = root / "dvc.lock"
+    entries = (read_yaml(lock) or {}).get("stages", {}) if lock.exists() else {}
+    current = params.flat()
+    outs: dict[str, str] = {}
+    for stage in stages:
+        if stage not in entries:
+            raise CatdogError(f"dvc.lock knows no run of the stage {stage}; run `dvc repro` first")
+        used = entries[stage].get("params", {}).get(paths.PARAMS.as_posix(), {})
+        for key, value in _flatten(used):
+            if meaning(current.get(key)) != meaning(value):
+                raise CatdogError(
+                    f"{made} were made with {key} = {value}, but {paths.PARAMS} says {current.get(key)}; run "
+                    "`dvc repro` first"
+                )
+        for dep in entries[stage].get("deps", []):
+            if dep.get("md5") != outs.get(dep["path"], dep.get("md5")):
+                raise CatdogError(f"{made} were made before {dep['path']} changed; run `dvc repro` first")
+        outs |= {out["path"]: out["md5"] for out in entries[stage].get("outs", []) if "md5" in out}
 
 
 def with_backbone(params: Params, name: str) -> Params:
@@ -74,12 +116,14 @@ def features_of(root: Path, params: Params, variant: Params) -> Path:
         variant: the same with the backbone that is wanted.
 
     Raises:
-        CatdogError: the pipeline has not run, its shards are damaged, or the weights cannot be had.
+        CatdogError: the pipeline has not run, or with other parameters, its shards are damaged, or the weights cannot
+            be had.
     """
     if variant.backbone == params.backbone:
         return root / paths.FEATURES
     if not (root / paths.DATASET_INFO).exists():
         raise CatdogError(f"there are no images in {paths.TFRECORDS}; run `dvc repro` first")
+    require_current(root, params, IMAGE_STAGES, f"the images in {paths.TFRECORDS}")
 
     from filelock import FileLock
 
