@@ -618,6 +618,41 @@ def test_deleted_experiment_is_told_before_anything_is_done(project):
     assert tags(project) == []
 
 
+def test_new_store_gets_every_version_that_can_be_had(promoted, monkeypatch, capsys):
+    project = promoted
+    for reference in ("vgg", "better"):
+        run_promote(project.root, reference)
+    empty = project.git("commit-tree", "-m", "without a model", project.git("hash-object", "-wt", "tree", "/dev/null"))
+    api.register(str(project.root), NAME, empty, version="v0.1.0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///new.db")
+    run_models(project.root)
+    (command,) = re.findall("`catdog (.*)` brings MLflow in line", capsys.readouterr().out)
+    assert cli.main(shlex.split(command)) == 0
+    assert "catdog: v0.1.0 is not in MLflow: dvc.yaml is not in commit" in capsys.readouterr().err
+    assert cli.main(["models"]) == 0
+    told = capsys.readouterr().out
+    assert [line.split()[-2:] for line in told.splitlines()[2:5]] == [
+        ["3", "(champion)"],
+        ["2", "(previous)"],
+        ["Ann", "1"],
+    ]
+    assert "v0.1.0 is not in MLflow\n" in told and told.count("is not in MLflow") == 1
+
+
+def test_no_command_is_given_for_what_none_mends(promoted, capsys):
+    project = promoted
+    run_promote(project.root, "better")
+    for tag in (f"{NAME}#prod#2", f"{NAME}@v1.0.1"):
+        project.git("tag", "--delete", tag)
+    run_models(project.root)
+    told = capsys.readouterr().out
+    (command,) = re.findall("`catdog (.*)` brings MLflow in line", told)
+    assert "v1.0.1 is in MLflow only" in told and cli.main(shlex.split(command)) == 0
+    capsys.readouterr()
+    run_models(project.root)
+    assert capsys.readouterr().out.splitlines()[-1] == "v1.0.1 is in MLflow only"
+
+
 def test_model_that_no_run_logged_is_logged_from_the_file(built, tmp_path, monkeypatch):
     project = tiny_registry.copy(built, tmp_path / "project", monkeypatch)
     run_promote(project.root, "better")

@@ -407,17 +407,20 @@ def _mirror(root: Path, params: Params, registry: Registry, stage: str) -> bool:
     """Brings MLflow's registry in line with the tags; says whether it did anything."""
     from mlflow.exceptions import MlflowException
 
-    serving, former = registry.serving(stage), registry.former(stage)
+    serving = registry.serving(stage)
     assert serving is not None
     try:
         client = connect(root)
         before = read_mirror(client, registry.artifact)
-        _mirror_version(root, client, registry, serving)
-        if former is not None and former.name not in before:
-            try:
-                _mirror_version(root, client, registry, former)
-            except CatdogError as error:
-                print(f"catdog: {former.name} is not in MLflow: {error}", file=sys.stderr)
+        # The oldest first, so that MLflow numbers them as git does.
+        for version in reversed(registry.versions):
+            if version == serving:
+                _mirror_version(root, client, registry, version)
+            elif version.name not in before:
+                try:
+                    _mirror_version(root, client, registry, version)
+                except CatdogError as error:
+                    print(f"catdog: {version.name} is not in MLflow: {error}", file=sys.stderr)
         mirror_aliases(client, registry)
         return read_mirror(client, registry.artifact) != before
     except (StoreError, MlflowException) as error:

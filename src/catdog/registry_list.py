@@ -41,10 +41,12 @@ def run_models(root: Path, *, name: str | None = None) -> int:
         return 0
     for sentence in told:
         print(sentence)
-    for stage in registry.stages:
-        serving = registry.serving(stage)
-        if serving is not None:
-            print(f"`catdog promote {serving.name} --stage {stage}` brings MLflow in line with what {stage} serves")
+    # What is in MLflow only, no promotion takes away. Whichever stage is named, all is brought in line.
+    known = {name: entry for name, entry in mirror.items() if registry.version(name)}
+    serving = next((version for version in registry.versions if version.stages), None)
+    if serving is not None and differences(registry, known):
+        command = f"catdog promote {serving.name} --stage {serving.stages[0]}"
+        print(f"`{command}` brings MLflow in line, or says what is lost")
     return 0
 
 
