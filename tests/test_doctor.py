@@ -329,10 +329,14 @@ def test_a_dvc_that_holds_the_repository_is_at_work(root):
 # The repository
 
 
-def test_git_is_checked(root):
+def test_git_is_checked(root, monkeypatch):
     (identity, tree) = check_git(root)
     assert identity.level == "warning"
     assert '`git config --global user.name "..."`' in identity.text
+    # With an address git would make a name up from that of the system's user.
+    git("config", "--unset", "user.useConfigOnly")
+    monkeypatch.setenv("EMAIL", "ada@example.org")
+    assert check_git(root)[0] == identity
     assert (tree.level, tree.text) == ("ok", "everything is committed")
     git("config", "user.name", "Ada Lovelace")
     git("config", "user.email", "ada@example.org")

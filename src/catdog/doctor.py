@@ -280,12 +280,13 @@ def check_weights(root: Path) -> list[Finding]:
 
 def check_git(root: Path) -> list[Finding]:
     """Does git know who commits, and is everything committed?"""
-    identity = _answer(["git", "var", "GIT_COMMITTER_IDENT"], root)
+    # As `catdog promote` asks: git would guess a name from the system's user.
+    identity = _answer(["git", "-c", "user.useConfigOnly=true", "var", "GIT_COMMITTER_IDENT"], root)
     if identity.done:
         findings = [Finding("ok", f"git commits as {identity.text.rpartition('>')[0]}>")]
     else:
         calls = 'git config --global user.name "..."` and `git config --global user.email "..."'
-        findings = [Finding("warning", f"git does not know who you are, and cannot commit; `{calls}`")]
+        findings = [Finding("warning", f"git does not know who you are, and `catdog promote` asks for it; `{calls}`")]
     status = _answer(["git", "status", "--porcelain"], root)
     if not status.done:
         return [*findings, Finding("problem", f"`git status` fails ({status.text})")]
