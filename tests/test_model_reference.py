@@ -1,6 +1,7 @@
 """Whatever a user calls a model is found: files, stages and versions in git, and models in a real MLflow store."""
 
 import contextlib
+import errno
 import shutil
 from pathlib import Path
 
@@ -94,6 +95,24 @@ def test_files_go_before_names_in_the_registry(project, find, tmp_path, monkeypa
     assert find("models/absent") == Path("models/absent")
     with pytest.raises(CatdogError, match=r"two holds 2 \.keras files, where one is needed; name the file, or"):
         find("two")
+
+
+def refuse(*arguments, **options):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_files_that_cannot_be_read_are_told(find, tmp_path, monkeypatch):
+    fill(tmp_path, {"notes.txt": b"no folder", "locked.keras": b"x"})
+    monkeypatch.chdir(tmp_path)
+    long = "a" * 300 + ".keras"
+    for name, reason in (("notes.txt/x.keras", "Not a directory"), (long, "File name too long")):
+        with pytest.raises(CatdogError, match=rf"the model {name} cannot be read \({reason}\); correct its path or"):
+            find(name)
+    for look in ("is_dir", "open"):  # in a folder that may not be entered, and a file of another user
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, look, refuse)
+            with pytest.raises(CatdogError, match=r"the model locked\.keras cannot be read \(Permission denied\)"):
+                find("locked.keras")
 
 
 @pytest.mark.parametrize("name", ["staging", "v9.9.9", "model.h5"])

@@ -25,17 +25,24 @@ def find_model(reference: str | None, downloads: contextlib.ExitStack) -> Path:
         downloads: removes what was downloaded from MLflow.
 
     Raises:
-        CatdogError: there is no such model.
+        CatdogError: there is no such model, or it cannot be read; a file that is not there is left to `read_info`.
     """
     if reference is None:
-        return paths.repository_root() / paths.MODEL
+        reference = str(paths.repository_root() / paths.MODEL)
     if _MLFLOW.match(reference):
         return _from_mlflow(reference, downloads)
     path = Path(reference)
-    if path.is_dir():
-        return _only_model(path, reference)
-    if path.is_file() or os.sep in reference or path.suffix == paths.MODEL.suffix:
-        return path
+    try:
+        if path.is_dir():
+            path = _only_model(path, reference)
+        if path.is_file() or os.sep in reference or path.suffix == paths.MODEL.suffix:
+            with contextlib.suppress(FileNotFoundError), path.open("rb"):
+                return path
+            return path
+    except OSError as error:
+        raise CatdogError(
+            f"the model {path} cannot be read ({error.strerror}); correct its path or its permissions"
+        ) from None
     return _from_registry(reference)
 
 
