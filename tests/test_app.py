@@ -366,6 +366,11 @@ def test_the_model_is_named_with_its_accuracy(tmp_path, model, monkeypatch, arch
         found = app_command.find_model(root, reference, archives)
         assert (found.name, found.accuracy) == ("colours v1.2.0 (prod)", right)
         assert found.path.read_bytes() == model.read_bytes()
+    # A merge under way tells nothing.
+    lock = (root / "dvc.lock").read_text()
+    (root / "dvc.lock").write_text(f"<<<<<<< HEAD\n{lock}=======\n{lock}>>>>>>> other\n")
+    assert app_command.find_model(root, None, archives).accuracy == ""
+    (root / "dvc.lock").write_text(lock)
     # Numbers of another model, or that somebody changed, are not this one's.
     other = model_of(tmp_path / "other.keras", mode="pad")
     assert app_command.find_model(root, str(other), archives).accuracy == ""

@@ -11,7 +11,6 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from catdog import paths
 from catdog.app import Settings, find_examples, find_pictures
@@ -171,9 +170,12 @@ def find_accuracy(md5: str, read: Callable[[str], str]) -> str:
     Returns:
         E.g. "96.7 % of 120 test pictures right (95 % interval: 91.7 to 98.7)"; empty where it is not known.
     """
-    from ruamel.yaml import YAML
+    from catdog.registry_files import read_yaml
 
-    lock: dict[str, Any] = YAML(typ="safe").load(read("dvc.lock")) or {}
+    try:
+        lock = read_yaml(read("dvc.lock"), "dvc.lock")
+    except CatdogError:  # a merge under way leaves its markers there
+        return ""
     stage = lock.get("stages", {}).get("evaluate", {})
     judged = {dep["path"]: dep.get("md5") for dep in stage.get("deps", [])}
     written = {out["path"]: out.get("md5") for out in stage.get("outs", [])}
