@@ -298,6 +298,14 @@ def test_examples_are_test_images_of_all_classes(tmp_path, archives):
     assert (many[0].label, many[-1].label) == (classes[0], classes[-1])
 
 
+def test_examples_of_a_data_set_that_is_out_of_step_are_told(tmp_path, archives):
+    root = write_data_set(tmp_path / "new", ["cat"], 2)
+    (root / paths.MANIFEST).write_bytes((write_data_set(tmp_path / "old", ["dog"], 2) / paths.MANIFEST).read_bytes())
+    told = r"data/manifest\.csv lists 'x/dog/0\.png', which data/raw\.zip does not hold; run `dvc repro`"
+    with pytest.raises(CatdogError, match=told):
+        find_examples(root, None, archives)
+
+
 def test_examples_of_a_folder_and_none(tmp_path, archives):
     examples = find_examples(None, fill(tmp_path, {f"{n}.png": picture() for n in range(12)}), archives)
     assert len(examples) == app.EXAMPLES

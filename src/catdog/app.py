@@ -197,7 +197,7 @@ def find_examples(root: Path | None, folder: Path | None, archives: contextlib.E
         At most EXAMPLES; none where neither a folder is given nor the pipeline has run.
 
     Raises:
-        CatdogError: the folder has no pictures.
+        CatdogError: the folder has no pictures, or the data set's files disagree.
     """
     if folder is not None:
         return [Example(file.name, "", file.read) for file in find_pictures(folder, archives)[:EXAMPLES]]
@@ -211,6 +211,10 @@ def find_examples(root: Path | None, folder: Path | None, archives: contextlib.E
     test = test.assign(turn=test.groupby("label").cumcount()).sort_values(["turn", "label"]).head(EXAMPLES)
 
     archive = archives.enter_context(open_archive(root / paths.RAW))
+    members = set(archive.namelist())
+    for path in test["path"]:
+        if path not in members:
+            raise CatdogError(f"{paths.MANIFEST} lists {path!r}, which {paths.RAW} does not hold; run `dvc repro`")
     return [
         Example(PurePosixPath(path).name, label, partial(read_member, archive, path))
         for path, label in zip(test["path"], test["label"], strict=True)
