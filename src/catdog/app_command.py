@@ -7,7 +7,9 @@ import errno
 import hashlib
 import importlib.util
 import json
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 from catdog import paths
 from catdog.app import Settings, find_examples, find_pictures
 from catdog.errors import CatdogError
+from catdog.files import writing_where_asked
 from catdog.model import read_info
 from catdog.plots import BLUE, SKY
 
@@ -28,7 +31,7 @@ _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 class FoundModel:
     """The model that answers."""
 
-    path: Path
+    path: Path  # of a file that nobody changes
     name: str  # as the page shows it
     accuracy: str  # on the test split, in words; empty where it is not known
 
@@ -124,20 +127,27 @@ def find_model(root: Path | None, reference: str | None, downloads: contextlib.E
     Args:
         root: of the repository; None outside of one.
         reference: as in `model_reference.find_model`.
-        downloads: removes what was downloaded.
+        downloads: removes what was downloaded or copied.
+
+    Returns:
+        A file that stays as it is described: of one that `dvc repro` may write anew a copy.
 
     Raises:
         CatdogError: there is no such model.
     """
     from catdog import model_reference
     from catdog.registry_files import CACHE
+    from catdog.tracking import dvc_hash
 
     path = model_reference.find_model(reference, downloads)
     read_info(path)
-    with path.open("rb") as file:
-        md5 = hashlib.file_digest(file, "md5").hexdigest()
     if root and reference and path.parent == Path.home() / CACHE and str(path) != reference:
-        return _describe_promoted(root, reference, path, md5)
+        return _describe_promoted(root, reference, path, dvc_hash(path))
+    # The page loads it when the first visitor comes.
+    copy = Path(downloads.enter_context(tempfile.TemporaryDirectory(prefix="catdog-")), path.name)
+    with writing_where_asked(copy):
+        shutil.copyfile(path, copy)
+    md5 = dvc_hash(copy)
 
     def read(name: str) -> str:
         with contextlib.suppress(OSError):
@@ -146,7 +156,7 @@ def find_model(root: Path | None, reference: str | None, downloads: contextlib.E
 
     # Of a file its name alone: visitors of the page need not know where on the machine it lies.
     name = reference if reference and ":/" in reference else path.name
-    return FoundModel(path, f"{name} (md5 {md5[:8]})", find_accuracy(md5, read))
+    return FoundModel(copy, f"{name} (md5 {md5[:8]})", find_accuracy(md5, read))
 
 
 def _describe_promoted(root: Path, reference: str, path: Path, md5: str) -> FoundModel:
