@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -559,6 +560,26 @@ def warm_processes(monkeypatch):
 def make_copy(finished, tmp_path):
     """Gives a copy of the finished project, to be changed at will."""
     return lambda name="copy": copy_project(finished, tmp_path / name)
+
+
+@pytest.fixture
+def ordinary_user(tmp_path):
+    """A folder, and until the test ends the process is of a user whom the modes of files hold, as they do not root."""
+    if os.geteuid() != 0:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are only root's
+        os.chown(folder, 65534, -1)
+        try:
+            os.seteuid(65534)
+        except OSError as error:
+            pytest.skip(f"root may not become another user here: {error}")
+        try:
+            if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+                pytest.skip("another user may not write into temporary folders here")
+            yield Path(folder)
+        finally:
+            os.seteuid(0)
 
 
 @pytest.fixture

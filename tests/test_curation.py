@@ -220,6 +220,12 @@ def test_exclusions_that_match_nothing_are_told(tmp_path):
     assert "1 of 1 rows of split.exclude" in told(tmp_path, exclude="out.csv")
 
 
+@pytest.mark.parametrize("parameter", ["file", "exclude"])
+def test_list_in_a_home_folder_that_nobody_knows_is_told(tmp_path, parameter):
+    said = told(tmp_path, **{parameter: "~no-such-user/list.csv"})
+    assert said.startswith(f"split.{parameter} = '~no-such-user/list.csv' begins with a home folder")
+
+
 def test_given_split_that_is_all_duplicates_is_told(tmp_path):
     members = {f"train/{name}": data for name, data in PETS.items()}
     members |= {f"{split}/cat/1.jpg": PETS["cat/1.jpg"] for split in ("val", "test")}

@@ -3,12 +3,14 @@
 import hashlib
 import http.server
 import os
+import runpy
 import threading
 
 import pytest
 import yaml
 
 from catdog.fingerprint import curation_fingerprint, dataset_path, dvc_tracking, fingerprint, weights_fingerprint
+from conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_named_sets_are_told_by_their_name(name, tmp_path):
     assert fingerprint(name, tmp_path) == {"dataset": name}
 
 
-@pytest.mark.parametrize("value", ["gone", "a\0b", "a\0b/../c", "../gone", "x" * 5000, ""])
+@pytest.mark.parametrize("value", ["gone", "a\0b", "a\0b/../c", "../gone", "~no-such-user/x", "x" * 5000, ""])
 def test_value_that_means_nothing_is_left_to_the_download(value, tmp_path):
     assert fingerprint(value, tmp_path / "empty")["files"] is None
 
@@ -171,7 +173,7 @@ def test_lists_are_told_by_their_contents(tmp_path):
         ("random", "mobilenetv2+vgg16", []),
         ("a+b.h5", "vgg16", ["a+b.h5"]),
         ("imagenet+a.h5", "mobilenetv2+vgg16", ["a.h5"]),
-        ("~nobody-of-this-name/a.h5", "vgg16", ["~nobody-of-this-name/a.h5"]),
+        ("gone.h5+random", "mobilenetv2+vgg16", ["gone.h5"]),
     ],
 )
 def test_files_of_weights_are_told_by_their_content(tmp_path, weights, backbone, paths):
@@ -180,6 +182,42 @@ def test_files_of_weights_are_told_by_their_content(tmp_path, weights, backbone,
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"1")
         assert weights_fingerprint(weights, backbone, tmp_path) == {path: hashlib.sha256(b"1").hexdigest()}
+
+
+@pytest.mark.parametrize("value", ["locked.csv", "shut/list.csv", "folder", "~no-such-user/list.csv", "a\0b"])
+def test_list_that_cannot_be_read_is_left_to_the_split(ordinary_user, value):
+    for folder in ("folder", "shut"):
+        (ordinary_user / folder).mkdir()
+    for name in ("locked.csv", "shut/list.csv"):
+        (ordinary_user / name).write_text("path,split\n")
+    (ordinary_user / "locked.csv").chmod(0)
+    (ordinary_user / "shut").chmod(0)
+    nothing = {"split.file": None, "split.exclude": None}
+    assert curation_fingerprint(value, value, ordinary_user) == nothing
+    (ordinary_user / "shut").chmod(0o700)
+
+
+def test_file_of_dvc_that_cannot_be_read_is_left_to_the_download(ordinary_user):
+    (ordinary_user / "pets").mkdir()
+    (ordinary_user / "pets.dvc").write_text("outs: []\n")
+    (ordinary_user / "pets.dvc").chmod(0)
+    assert fingerprint("pets", ordinary_user)["files"] is not None
+
+
+@pytest.mark.parametrize("locked", ["params.yaml", "reports"])
+def test_stage_ends_with_one_sentence(ordinary_user, locked, monkeypatch, capsys):
+    script = runpy.run_path(str(REPOSITORY / "stages/source.py"))
+    monkeypatch.chdir(ordinary_user)
+    monkeypatch.setenv("DVC_ROOT", str(ordinary_user))
+    (ordinary_user / "params.yaml").write_text("dataset: sample\n")
+    (ordinary_user / "reports").mkdir()
+    (ordinary_user / locked).chmod(0)
+    with pytest.raises(SystemExit) as stopped:
+        script["main"]()
+    (ordinary_user / locked).chmod(0o700)
+    assert stopped.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"catdog source: {locked}") and "cannot be read or written: Permission denied" in told
 
 
 def test_server_that_tells_no_version_is_named(server, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """A stage whose second process does the recording: the same runs as without, beside the first one's work."""
 
+import errno
 import os
 import signal
 import time
@@ -20,6 +21,10 @@ def store(finished, warm_processes, monkeypatch, tmp_path):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.chdir(finished.root)
     return Store(uri)
+
+
+def refuse(*values):
+    raise PermissionError(errno.EACCES, "Permission denied", "data/raw.zip.part")
 
 
 def fail(client, recorded):
@@ -85,10 +90,11 @@ def test_who_is_terminated_while_the_other_one_connects_marks_the_run_all_the_sa
 @pytest.mark.parametrize(
     ("write", "told"),
     [
+        (refuse, "data/raw.zip.part cannot be read or written: Permission denied; check the permissions"),
         (fail, "no space left for a file; free some (`dvc gc --all-commits --all-experiments`) and run again"),
         (fail_as_store, "; check that it can be reached and that its disk is not full, or set tracking.required to"),
     ],
-    ids=["disk", "store"],
+    ids=["permission", "disk", "store"],
 )
 def test_a_write_that_fails_stops_the_stage_though_it_went_on(store, capsys, write, told):
     with pytest.raises(SystemExit) as stopped, second_process() as second, stage("embed", second) as run:

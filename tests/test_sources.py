@@ -164,6 +164,41 @@ def test_links_in_a_folder_are_followed(tmp_path, target):
     assert contents(target) == {**FILES, "Bird/9.jpg": b"nine", "Dog/link.jpg": FILES["Cat/0.jpg"]}
 
 
+@pytest.mark.parametrize(
+    ("locked", "dataset", "told"),
+    [
+        ("pets.zip", "pets.zip", "dataset = 'pets.zip' cannot be read: Permission denied; check"),
+        ("shut", "shut/pets.zip", "dataset = 'shut/pets.zip' cannot be read: Permission denied; check"),
+        ("pets/Cat/0.jpg", "pets", "file that cannot be read: {root}/pets/Cat/0.jpg (Permission denied)"),
+        ("pets/Cat", "pets", "dataset folder {root}/pets/Cat cannot be read: Permission denied"),
+        ("pets.dvc", "pets", "{root}/pets.dvc cannot be read: Permission denied"),
+    ],
+)
+def test_what_this_user_may_not_read_is_told(ordinary_user, locked, dataset, told):
+    root = ordinary_user
+    make_folder(root / "pets")
+    make_zip(root / "pets.zip")
+    (root / "pets.dvc").write_text("outs:\n- md5: abc.dir\n  path: pets\n")
+    if locked != "pets.dvc":
+        (root / "pets.dvc").unlink()
+    (root / "shut").mkdir()
+    (root / locked).chmod(0)
+    assert told.format(root=root) in refused(dataset, root / "data/raw.zip")
+    (root / locked).chmod(0o700)
+
+
+def test_folder_whose_files_may_be_listed_but_not_looked_at_is_told(ordinary_user):
+    make_folder(ordinary_user / "pets")
+    (ordinary_user / "pets/Cat").chmod(0o600)
+    told = refused("pets", ordinary_user / "data/raw.zip")
+    assert f"something that cannot be read: {ordinary_user}/pets/Cat/" in told and "Permission denied" in told
+    (ordinary_user / "pets/Cat").chmod(0o700)
+
+
+def test_home_folder_of_nobody_is_told(target):
+    assert "'~no-such-user/x' begins with a home folder that" in refused("~no-such-user/x", target)
+
+
 def test_dead_link_and_link_upwards_are_named(tmp_path, target):
     source = make_folder(tmp_path / "pets")
     (source / "dead").symlink_to(source / "nothing")

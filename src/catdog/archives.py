@@ -144,8 +144,14 @@ def pack_folder(folder: Path, target: Path) -> None:
             changes while it is packed, or the disk is too full.
     """
     with written_aside(target) as aside:
-        paths = sorted(_walk(folder))
-        sizes = {path: path.stat().st_size for path in paths if path.is_file()}
+        try:
+            paths = sorted(_walk(folder))
+            sizes = {path: path.stat().st_size for path in paths if path.is_file()}
+        except OSError as error:
+            raise CatdogError(
+                f"dataset folder has something that cannot be read: {error.filename} ({error.strerror}); check the "
+                "permissions of it and of its folder"
+            ) from None
         require_disk_space(target.parent, sum(sizes.values()), f"packing {folder}")
         _write_zip(aside, _folder_members(folder, paths, sizes))
 

@@ -16,7 +16,7 @@ import pandas as pd
 from catdog.config import SplitParams
 from catdog.errors import CatdogError
 from catdog.labels import HIDDEN, NOT_LISTED, label_by_table, label_files
-from catdog.paths import UNUSED
+from catdog.paths import UNUSED, users_path
 from catdog.quality import REJECTED_COLUMNS, group_duplicates, inspect_archive
 from catdog.split import (
     assign_folds,
@@ -80,7 +80,7 @@ def examine(archive: zipfile.ZipFile, params: SplitParams, *, root: Path, worker
         CatdogError: no classes can be found, or a list cannot be read or does not fit the archive.
     """
     names = archive.namelist()
-    listed = read_given_splits(root / Path(params.file).expanduser(), params.file) if params.file else None
+    listed = read_given_splits(users_path("split.file", params.file, root), params.file) if params.file else None
     if listed is not None:
         _require_present(listed["path"], names, params.file)
     if listed is not None and "label" in listed.columns:
@@ -100,7 +100,7 @@ def examine(archive: zipfile.ZipFile, params: SplitParams, *, root: Path, worker
         beyond_list = ~rejected["path"].isin(listed["path"]) & (rejected["reason"] != HIDDEN)
         rejected = rejected.assign(reason=rejected["reason"].mask(beyond_list, NOT_LISTED))
     if params.exclude:
-        exclusions = read_exclusions(root / Path(params.exclude).expanduser(), params.exclude)
+        exclusions = read_exclusions(users_path("split.exclude", params.exclude, root), params.exclude)
         warnings += _unmatched(exclusions, images, names, params.exclude)
         excluded = reject_excluded(images, exclusions)
         images, reasons = images.drop(excluded.index), [*reasons, excluded]

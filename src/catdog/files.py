@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 """The date of every member of a zip that is written here: equal contents then give equal bytes."""
+
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class DiskSpaceError(CatdogError):
@@ -64,6 +69,19 @@ def writing_where_asked(path: Path) -> Iterator[None]:
         raise CatdogError(
             f"{readable(path)} cannot be written: {error.strerror or error}; give another place"
         ) from None
+
+
+def told_to_users(error: OSError) -> str | None:
+    """Returns the sentence for a full disk or a file that this user may not use; None for what no user can mend."""
+    if error.errno in DISK_IS_FULL:
+        place = error.filename or "the disk"
+        return f"no space left for {place}; free some (`dvc gc --all-commits --all-experiments`) and run again"
+    if error.errno in _NOT_ALLOWED and error.filename is not None:
+        return (
+            f"{error.filename} cannot be read or written: {error.strerror}; check the permissions of it and of its "
+            "folder (`ls -ld`), and run again"
+        )
+    return None
 
 
 def readable(path: str | Path) -> str:

@@ -6,6 +6,7 @@ this fingerprint at every run, in a fraction of a second, and DVC downloads agai
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -19,6 +20,7 @@ import yaml
 from catdog.catalog import is_drive_url, is_named
 from catdog.errors import CatdogError
 from catdog.files import sha256_of
+from catdog.paths import users_path
 from catdog.transfer import identity, public_url
 
 
@@ -35,22 +37,30 @@ def fingerprint(dataset: str, root: Path, former: dict[str, Any] | None = None) 
         former: the fingerprint of the run before. It stays valid, with a line on standard error, where a server
             cannot be reached.
     """
-    path = dataset_path(dataset, root)
+    try:
+        path = dataset_path(dataset, root)
+    except CatdogError:
+        return {"dataset": dataset, "files": None}  # the download will say what is wrong
     if path is None:
         if "://" not in dataset or is_drive_url(dataset):
             return {"dataset": dataset}
         return {"dataset": public_url(dataset), "remote": _remote(dataset, former)}
     found: dict[str, Any] = {"dataset": dataset, "files": _files_digest(path)}
-    if found["files"] is not None and (tracked := dvc_tracking(path, root)) is not None:
-        found["dvc_file"], found["dvc_hash"] = tracked[0].name, tracked[1]
+    with contextlib.suppress(CatdogError):  # the download will say what is wrong
+        if found["files"] is not None and (tracked := dvc_tracking(path, root)) is not None:
+            found["dvc_file"], found["dvc_hash"] = tracked[0].name, tracked[1]
     return found
 
 
 def dataset_path(dataset: str, root: Path) -> Path | None:
-    """Returns the path that a `dataset` means, without "..", or None where it is a name or an address."""
+    """Returns the path that a `dataset` means, without "..", or None where it is a name or an address.
+
+    Raises:
+        CatdogError: it begins with a home folder that nobody knows.
+    """
     if is_named(dataset) or "://" in dataset:
         return None
-    return _without_dots(root / Path(dataset).expanduser())
+    return _without_dots(users_path("dataset", dataset, root))
 
 
 def _without_dots(path: Path) -> Path:
@@ -66,26 +76,44 @@ def _without_dots(path: Path) -> Path:
 
 
 def dvc_tracking(path: Path, root: Path) -> tuple[Path, str] | None:
-    """Returns the .dvc file that tracks a path, or a folder above it, and the hash that it records."""
+    """Returns the .dvc file that tracks a path, or a folder above it, and the hash that it records.
+
+    Raises:
+        CatdogError: that file cannot be read.
+    """
     for one in (path, *path.parents):
         if not one.is_relative_to(root) or one == root:
             return None
         file = one.with_name(one.name + ".dvc")
-        if file.is_file():
-            outs = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("outs") or [{}]
+        if os.path.isfile(file):  # noqa: PTH113 Path.is_file raises where nothing may be looked at
+            try:
+                text = file.read_text(encoding="utf-8")
+            except OSError as error:
+                raise CatdogError(f"{file} cannot be read: {error.strerror}; check its permissions") from None
+            outs = (yaml.safe_load(text) or {}).get("outs") or [{}]
             return file, str(outs[0].get("md5", ""))
     return None
 
 
 def curation_fingerprint(file: str, exclude: str, root: Path) -> dict[str, Any]:
-    """Returns hashes of the lists that the split stage reads, by parameter; null where none is set or it is missing."""
-    lists = {"split.file": file, "split.exclude": exclude}
-    paths = {name: root / Path(value).expanduser() for name, value in lists.items() if value}
-    return {name: sha256_of(paths[name]) if name in paths and paths[name].is_file() else None for name in lists}
+    """Returns hashes of the lists that the split stage reads, by parameter.
+
+    Null stands for one that is not set, or that cannot be read: of that the split stage tells.
+    """
+    return {name: _hash(name, value, root) for name, value in (("split.file", file), ("split.exclude", exclude))}
+
+
+def _hash(parameter: str, value: str, root: Path) -> str | None:
+    with contextlib.suppress(CatdogError, OSError):
+        if value and (path := users_path(parameter, value, root)).is_file():
+            return sha256_of(path)
+    return None
 
 
 def weights_fingerprint(weights: str, backbone: str, root: Path) -> dict[str, str | None]:
-    """Returns hashes of the user's own files of weights, by path as it was given; null where one cannot be read.
+    """Returns hashes of the user's own files of weights, by path as it was given.
+
+    Null stands for one that cannot be read: of that the embed stage tells.
 
     Args:
         weights: the parameter: imagenet, random or a path; of several backbones one each, joined by +.
@@ -93,19 +121,7 @@ def weights_fingerprint(weights: str, backbone: str, root: Path) -> dict[str, st
         root: the repository's root, from which a relative path counts.
     """
     parts = weights.split("+") if "+" in backbone else [weights]  # one path may hold a +
-    paths = {part: root / _expanded(part) for part in parts if part not in ("imagenet", "random")}
-    return {part: sha256_of(path) if _is_readable(path) else None for part, path in paths.items()}
-
-
-def _expanded(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # ~name of a user that does not exist
-        return Path(text)
-
-
-def _is_readable(path: Path) -> bool:
-    return path.is_file() and os.access(path, os.R_OK)
+    return {part: _hash("weights", part, root) for part in parts if part not in ("imagenet", "random")}
 
 
 def _remote(dataset: str, former: dict[str, Any] | None) -> dict[str, Any]:

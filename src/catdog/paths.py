@@ -56,6 +56,20 @@ UNUSED = "unused"
 """What the manifest calls the split of an image that is sound but in none of the three."""
 
 
+def users_path(parameter: str, value: str, root: Path) -> Path:
+    """Returns the path that a parameter means: a relative one starts at the root, "~" is a home folder.
+
+    Raises:
+        CatdogError: nobody knows whose or which home folder that is.
+    """
+    try:
+        return root / Path(value).expanduser()
+    except RuntimeError:
+        raise CatdogError(
+            f"{parameter} = {value!r} begins with a home folder that this system does not know; give the whole path"
+        ) from None
+
+
 def repository_root() -> Path:
     """Returns the absolute root of the main repository, in every way of running.
 

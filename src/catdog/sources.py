@@ -109,17 +109,13 @@ def choose_source(dataset: str, *, root: Path, seed: int, sample_images: int, sh
 
 def _kind_of_path(path: Path, dataset: str, root: Path) -> str:
     """Returns "folder" or "archive"; raises CatdogError when the path is neither."""
-    try:
+    with _reading_told(dataset):
         if path.is_dir():
             return "folder"
         if path.is_file():
             return "archive"
-    except OSError as error:
-        raise CatdogError(
-            f"dataset = {dataset!r} cannot be read: {error.strerror}; check the path and its permissions"
-        ) from None
     close = difflib.get_close_matches(dataset, NAMES, n=1)
-    if path.with_name(path.name + ".dvc").is_file():
+    if os.path.isfile(f"{path}.dvc"):  # noqa: PTH113 Path.is_file raises where the name gets too long
         command = f"`dvc pull {dataset}.dvc`" if path.is_relative_to(root) else f"`dvc pull` in {path.parent}"
         hint = f"DVC tracks it, but it is not here: {command} brings it"
     elif close:
@@ -130,6 +126,16 @@ def _kind_of_path(path: Path, dataset: str, root: Path) -> str:
             "relative to the repository root"
         )
     raise CatdogError(f"dataset = {dataset!r} does not exist ({path}); {hint}")
+
+
+@contextlib.contextmanager
+def _reading_told(dataset: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CatdogError(
+            f"dataset = {dataset!r} cannot be read: {error.strerror}; check the path and its permissions"
+        ) from None
 
 
 def _require_own_folder(path: Path, dataset: str, root: Path) -> None:
@@ -226,7 +232,8 @@ def _fetch_folder(path: Path, target: Path, root: Path) -> tuple[str, dict[str, 
 
 
 def _require_hash(path: Path, dataset: str, sha256: str) -> str:
-    found = sha256_of(path)
+    with _reading_told(dataset):
+        found = sha256_of(path)
     if sha256 and found != sha256:
         raise CatdogError(
             f"dataset = {dataset!r} has the SHA-256 {found}, not download.sha256 = {sha256}; fetch it again, or set "

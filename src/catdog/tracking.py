@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import csv
-import errno
 import functools
 import gc
 import hashlib
@@ -40,7 +39,7 @@ from urllib.parse import unquote, urlsplit
 from catdog import paths
 from catdog.config import Params, load_params
 from catdog.errors import CatdogError
-from catdog.files import read_json, read_yaml, write_json
+from catdog.files import DISK_IS_FULL, read_json, read_yaml, told_to_users, write_json
 from catdog.signals import Ending, ended_by
 from catdog.startup import quick_imports
 
@@ -251,9 +250,9 @@ def stage(
     MLflow's import takes as long as a fifth of a small stage. With a second process it is done there, beside Keras'
     own in this one, and so is what the stage records. The run is open when the body begins all the same.
 
-    A CatdogError ends the process with its sentence on standard error and exit code 2, and a full disk or a
-    tracking store that cannot be used likewise; all mark the run FAILED, as every other exception does. SIGTERM
-    and Ctrl-C mark it KILLED.
+    A CatdogError ends the process with its sentence on standard error and exit code 2, and a full disk, a file that
+    this user may not use or a tracking store that cannot be used likewise; all mark the run FAILED, as every other
+    exception does. SIGTERM and Ctrl-C mark it KILLED.
 
     Args:
         name: of the stage.
@@ -282,13 +281,10 @@ def stage(
         # A mistake in params.yaml is what to mend first, even where the store cannot be used either.
         _stop(name, str(mistake or error))
     except OSError as error:
-        if error.errno not in _DISK_IS_FULL:
+        sentence = told_to_users(error)
+        if sentence is None:
             raise
-        place = error.filename or "the disk"
-        _stop(name, f"no space left for {place}; free some (`dvc gc --all-commits --all-experiments`) and run again")
-
-
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        _stop(name, sentence)
 
 
 def _complete_before_track(client: MlflowClient, recorded: Recorded) -> None:
@@ -441,7 +437,7 @@ def connect(root: Path) -> MlflowClient:
             client = MlflowClient(tracking_uri=uri)
             _require_experiment(client, _artifact_location(uri, root))
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in _DISK_IS_FULL
+        full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
         if full or not (isinstance(error, OSError | ImportError) or _is_store_error(error)):
             raise
         cause = _first_cause(error)

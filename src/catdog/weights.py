@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Literal
 from catdog.backbones import BACKBONES, Backbone
 from catdog.errors import CatdogError
 from catdog.files import sha256_of
+from catdog.paths import users_path
 
 if TYPE_CHECKING:
     import keras
@@ -214,10 +215,7 @@ def _shipped_file(backbone: Backbone, pretrained_dir: Path) -> Path | None:
 
 def _user_file(weights: str, root: Path) -> Path:
     """Return the path of the user's weights file; raise CatdogError if it cannot be one."""
-    try:
-        path = root / Path(weights).expanduser()
-    except RuntimeError:
-        raise CatdogError(f"weights = '{weights}': there is no such user; give the path of a file") from None
+    path = users_path("weights", weights, root)
     if not path.is_file():
         raise CatdogError(f'there is no weights file \'{path}\': weights is "imagenet", "random" or the path of a file')
     if path.suffix not in _SUFFIXES:
