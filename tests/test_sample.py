@@ -1,19 +1,31 @@
 """The drawn sample: the same bytes for the same seed, well-formed images, an archive that is whole or absent."""
 
 import io
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from catdog import sample
 from catdog.errors import CatdogError
 from catdog.sample import SAMPLE_CLASSES, draw_animal, write_sample
+from conftest import wait_until
 
 COUNT = 16
+ENDLESS = """
+import sys
+from pathlib import Path
+from catdog.sample import write_sample
+
+write_sample(Path(sys.argv[1]), count=100_000, seed=1)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +65,30 @@ def test_smaller_count_gives_a_prefix_of_each_class(archive, tmp_path):
     whole, part = members(archive), members(small)
     assert len(part) == 6
     assert all(whole[name] == data for name, data in part.items())
+
+
+def test_processes_draw_the_same(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "_LEAST_FOR_PROCESSES", COUNT)
+    write_sample(tmp_path / "sample.zip", count=COUNT, seed=3)
+    assert (tmp_path / "sample.zip").read_bytes() == archive.read_bytes()
+
+
+def test_process_that_dies_is_told_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(sample, "_draw_one", os._exit)
+    with pytest.raises(CatdogError, match=r"^one of \d+ processes died at its work; too little memory"):
+        list(sample._draw_all([1] * 100))
+
+
+def test_processes_do_not_outlive_a_first_one_that_is_killed(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ENDLESS, tmp_path / "sample.zip"]) as first:
+        wait_until(lambda: (part := tmp_path / "sample.zip.part").exists() and part.stat().st_size)
+        drawing = [one for one in psutil.Process(first.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+        first.kill()
+    assert drawing
+    _, alive = psutil.wait_procs(drawing, timeout=60)
+    for one in alive:
+        one.kill()
+    assert not alive
 
 
 def test_different_seeds_give_different_images(archive, tmp_path):

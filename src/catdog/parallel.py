@@ -110,12 +110,17 @@ def image_workers(
             opened.result()
         yield map_all
     except BrokenProcessPool:
-        raise CatdogError(
-            f"one of {processes} processes died at its work; too little memory may be to blame, so close other "
-            "programs and run again"
-        ) from None
+        raise process_died(processes) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def process_died(processes: int) -> CatdogError:
+    """Returns what to raise for BrokenProcessPool, of so many processes."""
+    return CatdogError(
+        f"one of {processes} processes died at its work; too little memory may be to blame, so close other "
+        "programs and run again"
+    )
 
 
 @functools.cache

@@ -22,9 +22,8 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -33,7 +32,9 @@ import numpy.typing as npt
 
 from catdog.errors import CatdogError
 from catdog.files import ZIP_DATE, written_aside
+from catdog.parallel import process_died, processors
 from catdog.progress import progress
+from catdog.second_process import FreshProcesses
 
 SAMPLE_CLASSES = ("cat", "dog")
 
@@ -1607,6 +1608,10 @@ def _encode_jpeg(image: npt.NDArray[np.uint8], rng: np.random.Generator) -> byte
     return bytes(data)
 
 
+_LEAST_FOR_PROCESSES = 100
+"""Fewer images are drawn in this process before others have started."""
+
+
 def write_sample(path: Path, *, count: int = 600, seed: int) -> None:
     """Writes the dataset as a stored ZIP: members 'sample/cat/cat-0001.jpg' and so on, count // 2 a class.
 
@@ -1626,13 +1631,25 @@ def write_sample(path: Path, *, count: int = 600, seed: int) -> None:
 
 
 def _draw_all(images: Sequence[tuple[int, int, int]]) -> Iterator[bytes]:
-    """Yields the JPEG of each (seed, class, index), in order, drawn by all processors where that is quicker."""
-    if len(images) < 100:
+    """Yields the JPEG of each (seed, class, index), in order, drawn by all processors where that is quicker.
+
+    Raises:
+        CatdogError: a process died.
+    """
+    if len(images) < _LEAST_FOR_PROCESSES:
         yield from progress(map(_draw_one, images), "draw", len(images), "images")
         return
-    # Processes, because drawing is mostly Python; fresh ones, because a copy of this one may hold locks.
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    # Processes, because drawing is mostly Python.
+    pool = FreshProcesses(processors())
+    try:
         yield from progress(pool.map(_draw_one, images, chunksize=10), "draw", len(images), "images")
+    except BrokenProcessPool:
+        raise process_died(processors()) from None
+    except BaseException:
+        pool.kill()  # whatever they are at
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _draw_one(image: tuple[int, int, int]) -> bytes:
