@@ -310,7 +310,10 @@ class Workshop:
         self.folder = folder
         self.home = folder / "home"
         self.pool = ThreadPoolExecutor(2)
-        self._jobs = {name: self.pool.submit(self._build, name) for name in BUILDERS if name in names}
+        self._jobs = {}
+        for name in (name for name in BUILDERS if name in names):
+            # A builder may ask at once for what others build before it.
+            self._jobs[name] = self.pool.submit(self._build, name)
 
     def project(self, name):
         """Where a project lies, whether it is built or not."""
