@@ -21,6 +21,7 @@ from catdog.housekeeping import (
     find_all,
     find_artifacts,
     find_checkpoints,
+    find_downloads,
     find_experiments,
     find_runs,
     is_dvc,
@@ -164,6 +165,26 @@ def test_a_lock_without_checkpoints_goes(root):
     os.utime(lock, (OLD, OLD))
     remove(root, find_checkpoints(root))
     assert not lock.exists()
+
+
+def test_old_downloads_go_whole_and_young_ones_stay(root):
+    place = root / paths.DOWNLOADS
+    place.mkdir(parents=True)
+    written = {"one.part": OLD, "one.json": OLD, "one.lock": OLD, "two.part": time.time(), "two.json": OLD}
+    for name, seconds in written.items():
+        (place / name).write_bytes(b"12")
+        os.utime(place / name, (seconds, seconds))
+    folder(place / "kaggle", written=OLD, size=7)
+    items = find_downloads(root)
+    assert names(items) == [f"{paths.DOWNLOADS}/{name}" for name in ("kaggle", "one.json", "one.part")]
+    assert {(item.kind, item.bytes) for item in items} == {("downloads", 7), ("downloads", 2)}
+    assert "left by a download, last written 30 days ago" in items[0].reason
+    with FileLock(place / "one.lock"):
+        assert names(find_downloads(root)) == [f"{paths.DOWNLOADS}/kaggle"]
+        remove(root, items)
+        assert sorted(path.name for path in place.iterdir()) == sorted(written)
+    remove(root, items)
+    assert sorted(path.name for path in place.iterdir()) == ["two.json", "two.part"]
 
 
 def test_links_out_of_the_repository_are_not_followed(root, tmp_path):
@@ -483,6 +504,7 @@ def littered(root, runs):
     """Something of each kind, old and young."""
     folder(root / paths.CHECKPOINTS / KEYS[0], written=OLD, size=2_000_000)
     folder(root / paths.CHECKPOINTS / KEYS[1], written=time.time())
+    folder(root / paths.DOWNLOADS / "kaggle", written=OLD)
     runs.make("deleted", deleted=20)
     runs.make("hung", status="RUNNING", days=2)
     runs.make("good")
@@ -493,16 +515,16 @@ def littered(root, runs):
 
 def test_without_yes_nothing_changes_and_the_command_is_told(littered, capsys):
     before = snapshot(littered)
-    for options in ([], ["--checkpoints", "--runs", "--experiments", "--artifacts"]):
+    for options in ([], [f"--{kind}" for kind in housekeeping.KINDS]):
         assert cli.main(["clean", *options]) == 0
         shown = capsys.readouterr().out
         assert f"  .dvc/tmp/checkpoints/{KEYS[0]}     2.0 MB  left by a training" in shown
         assert "deleted in MLflow 20 days ago" in shown
         assert "RUNNING since 2 days, but by no process; becomes KILLED" in shown
         assert "tardy-unit on " in shown
-        assert "5 entries, 2.0 MB; nothing is removed yet: " in shown
+        assert "6 entries, 2.0 MB; nothing is removed yet: " in shown
         asked = " --artifacts" if options else ""
-        assert f"`catdog clean --checkpoints --runs --experiments{asked} --yes` does it" in shown
+        assert f"`catdog clean --checkpoints --downloads --runs --experiments{asked} --yes` does it" in shown
     assert snapshot(littered) == before
     assert cli.main(["clean", "--older-than", "19.5"]) == 0
     assert "--older-than 19.5 --yes` does it" in capsys.readouterr().out
@@ -513,8 +535,8 @@ def test_yes_alone_removes_nothing(littered, capsys):
     assert cli.main(["clean", "--yes"]) == 2
     told = capsys.readouterr()
     assert told.err == (
-        "catdog: --yes removes nothing without a kind: add one or more of --checkpoints, --runs, --experiments, "
-        "--artifacts\n"
+        "catdog: --yes removes nothing without a kind: add one or more of --checkpoints, --downloads, --runs, "
+        "--experiments, --artifacts\n"
     )
     assert snapshot(littered) == before
 

@@ -94,9 +94,10 @@ def _parser() -> argparse.ArgumentParser:
         "clean",
         help="remove what killed, deleted and forgotten work left behind",
         description="Show what killed, deleted and forgotten work left behind in this repository, with its size; "
-        "remove it with --yes. Without --checkpoints, --runs, --experiments or --artifacts, show all of them.",
+        "remove it with --yes. Without one of the kinds, show all of them.",
     )
     clean.add_argument("--checkpoints", action="store_true", help="old checkpoints of trainings, folders of tunings")
+    clean.add_argument("--downloads", action="store_true", help="old downloads of data sets, cut off or not used")
     clean.add_argument(
         "--runs",
         action="store_true",
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     clean.add_argument(
         "--older-than", type=_days, default=14.0, metavar="DAYS", help="what counts as old (default: 14 days)"
     )
-    clean.add_argument("--yes", action="store_true", help="remove it; needs at least one of the four kinds")
+    clean.add_argument("--yes", action="store_true", help="remove it; needs at least one of the kinds")
     clean.set_defaults(run=_clean)
 
     doctor = commands.add_parser(

@@ -30,7 +30,7 @@ from catdog.errors import CatdogError
 STORE = Path("mlflow.db")
 ARTIFACTS = Path("mlruns")
 DVC_TMP = Path(".dvc") / "tmp"
-KINDS = ("checkpoints", "runs", "experiments", "artifacts")
+KINDS = ("checkpoints", "downloads", "runs", "experiments", "artifacts")
 DAYS = 14.0
 """What was last touched so many days ago is old."""
 DAYS_RUNNING = 1.0
@@ -148,6 +148,7 @@ def find_all(root: Path, kinds: Sequence[str], *, days: float = DAYS) -> list[It
     """
     find = {
         "checkpoints": find_checkpoints,
+        "downloads": find_downloads,
         "runs": find_runs,
         "experiments": find_experiments,
         "artifacts": find_artifacts,
@@ -199,27 +200,36 @@ def _sql_store(root: Path) -> Any:
     return SqlAlchemyStore(tracking.database_uri(root / STORE), (root / ARTIFACTS).as_uri())
 
 
-# Checkpoints of trainings and tunings
+# Checkpoints of trainings and tunings, and downloads
 
 
 def find_checkpoints(root: Path, *, days: float = DAYS) -> list[Item]:
-    """Returns the checkpoints, and the folders of tunings, that nobody wrote to for some days and no process holds.
-
-    A process that uses <key>/ holds <key>.lock beside it.
-    """
-    items = []
+    """Returns the checkpoints, and the folders of tunings, that nobody wrote to for some days and no process holds."""
     kept_by = {paths.CHECKPOINTS: "a training", paths.TUNING_SEARCHES: "a tuning", paths.TUNING_FEATURES: "a tuning"}
-    for parent, what in kept_by.items():
-        for path in _entries(root / parent):
-            is_lock = path.suffix == ".lock"
-            if is_lock and path.with_suffix("").exists():
-                continue  # deleted by the next who takes up the folder or cleans
-            lock = path if is_lock else path.with_name(f"{path.name}.lock")
-            age = _age(path)
-            if age >= days and not is_locked(lock) and is_inside(path, root):
+    return [item for parent, what in kept_by.items() for item in _find_left(root, parent, "checkpoints", what, days)]
+
+
+def find_downloads(root: Path, *, days: float = DAYS) -> list[Item]:
+    """Returns downloads of data sets that were cut off or not used for some days, and that no process holds."""
+    return _find_left(root, paths.DOWNLOADS, "downloads", "a download", days)
+
+
+def _find_left(root: Path, parent: Path, kind: str, what: str, days: float) -> list[Item]:
+    """What work by one key left in a folder: <key>/, <key>.part and the like; who uses them holds <key>.lock."""
+    by_key: dict[str, list[Path]] = {}
+    for path in _entries(root / parent):
+        by_key.setdefault(path.name.partition(".")[0], []).append(path)
+    items = []
+    for key, found in by_key.items():
+        lock = root / parent / f"{key}.lock"
+        used = [path for path in found if path != lock] or found  # a lock goes with what it is for
+        age = min(map(_age, used))
+        if age < days or is_locked(lock):
+            continue
+        for path in used:
+            if is_inside(path, root):
                 reason = f"left by {what}, last written {_days(age)} ago"
-                name = str(parent / path.name)
-                items.append(Item("checkpoints", "folder", "", name, reason, path, lock, _size(path)))
+                items.append(Item(kind, "folder", "", str(parent / path.name), reason, path, lock, _size(path)))
     return items
 
 

@@ -48,6 +48,7 @@ MODEL_CARD = Path("reports/model_card.md")
 
 # Relative to the main repository: what must outlive a killed process and a temporary copy.
 CHECKPOINTS = Path(".dvc/tmp/checkpoints")
+DOWNLOADS = Path(".dvc/tmp/downloads")
 TUNING_SEARCHES = Path(".dvc/tmp/tuning")
 TUNING_FEATURES = Path(".dvc/tmp/features")
 

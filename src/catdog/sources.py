@@ -27,7 +27,7 @@ from catdog.clients import export_tfds, fetch_drive, fetch_kaggle
 from catdog.errors import CatdogError
 from catdog.files import require_disk_space, sha256_of, used_up, written_aside
 from catdog.fingerprint import dataset_path, dvc_tracking
-from catdog.paths import RAW
+from catdog.paths import DOWNLOADS, RAW
 from catdog.sample import write_sample
 from catdog.transfer import downloaded, public_url
 
@@ -82,7 +82,7 @@ def fetch(dataset: str, target: Path, *, root: Path, seed: int, sample_images: i
 
 def choose_source(dataset: str, *, root: Path, seed: int, sample_images: int, sha256: str = "") -> FetchSource:
     """Returns the function that fetches a data set; raises CatdogError when nothing fits its name."""
-    downloads = root / ".dvc" / "tmp" / "downloads"
+    downloads = root / DOWNLOADS
     if dataset in PUBLISHED:
         return lambda target: _fetch_published(PUBLISHED[dataset], target, downloads, sha256)
     if dataset == "kaggle":
