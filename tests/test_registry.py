@@ -623,7 +623,8 @@ def test_new_store_gets_every_version_that_can_be_had(promoted, monkeypatch, cap
     for reference in ("vgg", "better"):
         run_promote(project.root, reference)
     empty = project.git("commit-tree", "-m", "without a model", project.git("hash-object", "-wt", "tree", "/dev/null"))
-    api.register(str(project.root), NAME, empty, version="v0.1.0")
+    done = project.run("gto", "register", NAME, empty, "--version", "v0.1.0")
+    assert done.returncode == 0, done.stderr
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///new.db")
     run_models(project.root)
     (command,) = re.findall("`catdog (.*)` brings MLflow in line", capsys.readouterr().out)
