@@ -165,15 +165,6 @@ def test_images_to_predict_are_kept_apart(tmp_path):
     }
 
 
-def test_what_decided_about_the_classes_is_among_the_warnings(tmp_path):
-    members = {
-        name.replace("/", f"/{source}."): data for (name, data), source in zip(PETS.items(), "ab" * 20, strict=True)
-    }
-    found, _ = curate(tmp_path, members)
-    assert found.classes == ("cat", "dog")
-    assert len(found.warnings) == 1 and "the folders are the classes" in found.warnings[0]
-
-
 def test_folds(tmp_path):
     tested = []
     for fold in range(4):

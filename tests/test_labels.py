@@ -93,28 +93,27 @@ SOURCES = ["Cat/flickr.1.jpg", "Cat/google.2.jpg", "Dog/flickr.3.jpg"]
 
 
 @pytest.mark.parametrize("layout", ["{}", "pets/{}", "train/{}", "pets/train/{}"])
-def test_names_that_occur_in_several_folders_leave_the_class_to_the_folders_and_this_is_said(layout):
-    names = [layout.format(name) for name in SOURCES]
-    found = label_files([*names, layout.format("cover.1.jpg")])
-    assert found.classes == ("Cat", "Dog")
-    assert found.labels == {name: name.split("/")[-2] for name in names}
-    assert found.refused == {layout.format("cover.1.jpg"): "outside any class folder"}
-    (told,) = found.warnings
-    assert f"as {names[0]!r} and {names[2]!r}, so the folders are the classes, not the names ('flickr')" in told
+@pytest.mark.parametrize("names", [SOURCES, ["1/cat.0.jpg", "1/dog.0.jpg", "2/cat.1.jpg", "2/dog.1.jpg"]])
+def test_names_that_occur_in_several_folders_may_be_the_class_or_not(layout, names):
+    names = [layout.format(name) for name in names]
+    with pytest.raises(CatdogError, match="their class may be the folder, or the name") as stopped:
+        label_files([*names, layout.format("cover.1.jpg")])
+    assert f"as {names[0]!r} and {names[2]!r}" in str(stopped.value)
+    # As the last words of the sentence say.
+    table = {name: name.split("/")[-2] for name in names}
+    assert label_by_table(names, table).labels == table
 
 
-def test_names_that_occur_in_several_folders_below_folders_of_splits_leave_the_class_to_the_folders():
-    names = [f"{split}/{name}" for split in ("train", "test") for name in SOURCES]
-    found = label_files(names)
-    assert found.labels == {name: name.split("/")[1] for name in names}
-    assert found.splits == {name: name.split("/")[0] for name in names}
+def test_names_that_occur_in_several_folders_below_folders_of_splits_may_be_the_class_or_not():
+    with pytest.raises(CatdogError, match="their class may be the folder, or the name"):
+        label_files([f"{split}/{name}" for split in ("train", "test") for name in SOURCES])
 
 
 @pytest.mark.parametrize("others", [["extra/cat.5.jpg", "more/cat.6.jpg"], ["unlabelled/cat.5.jpg", "test/cat.6.jpg"]])
 def test_kaggle_names_of_which_most_lie_in_no_class_folder_are_the_classes(others):
     names = [f"train/{label}.{i}.jpg" for label in ("cat", "dog") for i in range(3)]
     found = label_files([*names, *others])
-    assert found.classes == ("cat", "dog") and found.warnings == ()
+    assert found.classes == ("cat", "dog")
 
 
 @pytest.mark.parametrize("name", ["__MACOSX/Cat/._0.jpg", "Cat/.DS_Store", ".cache/x.jpg", "Dog/.hidden/1.jpg"])

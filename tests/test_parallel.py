@@ -214,8 +214,8 @@ def raw(tmp_path_factory):
 def in_both_ways(monkeypatch, work):
     """What a function returns with its images in threads, and in processes."""
     started = []
-    real = parallel.FreshProcesses
-    monkeypatch.setattr(parallel, "FreshProcesses", lambda count: started.append(count) or real(count))
+    real = parallel.fresh_processes
+    monkeypatch.setattr(parallel, "fresh_processes", lambda count: started.append(count) or real(count))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     in_threads = work("threads")
     assert not started

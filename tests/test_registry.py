@@ -633,9 +633,9 @@ def test_new_store_gets_every_version_that_can_be_had(promoted, monkeypatch, cap
     assert cli.main(["models"]) == 0
     told = capsys.readouterr().out
     assert [line.split()[-2:] for line in told.splitlines()[2:5]] == [
-        ["3", "(champion)"],
+        ["1", "(champion)"],
         ["2", "(previous)"],
-        ["Ann", "1"],
+        ["Ann", "3"],
     ]
     assert "v0.1.0 is not in MLflow\n" in told and told.count("is not in MLflow") == 1
 
@@ -857,7 +857,10 @@ def test_home_folder_that_cannot_be_used_is_told(promoted, tmp_path, monkeypatch
     (tmp_path / "home").mkdir()
     (tmp_path / "home/.cache").write_text("no folder")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with pytest.raises(CatdogError, match=r"cannot be kept in .*/\.cache/catdog/models \(Not a directory\); set HOME"):
+    with pytest.raises(
+        CatdogError,
+        match=r"cannot be brought to .*/\.cache/catdog/models \(.*: Not a directory\); mend that, or set HOME",
+    ):
         resolve_model(promoted.root, "prod")
 
 

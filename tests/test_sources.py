@@ -17,7 +17,7 @@ import pytest
 from catdog import sources
 from catdog.catalog import PUBLISHED
 from catdog.errors import CatdogError
-from catdog.files import DiskSpaceError
+from catdog.files import DiskError
 from catdog.sources import SourceFacts, fetch
 from internet import send
 
@@ -381,7 +381,7 @@ def test_name_that_stands_twice_in_a_tar_does_not_stop_it(tmp_path, target):
         assert archive.read("Cat/0.jpg") == b""  # the last one, as tar extracts it
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), DiskSpaceError("full")])
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), DiskError("full")])
 @pytest.mark.parametrize("dataset", ["microsoft", "https://data.example.org/x.zip", "kaggle", DRIVE])
 def test_finished_download_outlives_packing_that_was_cut_off(
     tmp_path, target, internet, monkeypatch, capsys, dataset, interruption

@@ -349,6 +349,16 @@ def test_more_than_there_is_is_refused_with_every_share():
     }
 
 
+@pytest.mark.parametrize("count", range(50, 80))
+def test_fractions_that_come_to_one_leave_nothing_over(count):
+    images = pets(count, 2 * count, groups=[number // 2 if number < 8 else number for number in range(3 * count)])
+    shares = {"val": 0.15, "seed": 1}
+    assert assign_splits(images, train=0.65, test=0.2, **shares).equals(assign_splits(images, test=0.2, **shares))
+    folds = {"folds": 5, "fold": count % 5} | shares
+    assert assign_folds(images, train=0.65, **folds).equals(assign_folds(images, **folds))
+    assert "unused" in set(assign_splits(images, train=0.6, test=0.2, **shares))
+
+
 @pytest.mark.parametrize(("cats", "dogs", "folds"), [(50, 30, 5), (17, 23, 4), (10, 10, 10)])
 def test_folds_test_every_image_once_and_are_even_in_every_class(cats, dogs, folds):
     images = pets(cats, dogs)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from catdog import transfer
 from catdog.errors import CatdogError
-from catdog.files import DiskSpaceError
+from catdog.files import DiskError
 from catdog.transfer import Patience, Transferred, downloaded, identity, public_url
 from conftest import wait_until
 from hostile_server import Answer, Relay, hostile_server
@@ -157,7 +157,7 @@ def test_target_may_lie_on_another_file_system(server, bring, tmp_path, monkeypa
         target.parent.rmdir()
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), DiskSpaceError("full")])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), DiskError("full")])
 @pytest.mark.parametrize("known", [False, True])
 def test_file_that_was_not_used_up_is_taken_by_the_next_call(server, bring, got, tmp_path, capsys, failure, known):
     url, sha256 = server.offer("/f", GOOD), SHA if known else ""

@@ -143,11 +143,10 @@ def find_model(root: Path | None, reference: str | None, downloads: contextlib.E
     read_info(path)
     if root and reference and path.parent == Path.home() / CACHE and str(path) != reference:
         return _describe_promoted(root, reference, path, dvc_hash(path))
-    # The page loads it when the first visitor comes.
-    copy = Path(downloads.enter_context(tempfile.TemporaryDirectory(prefix="catdog-")), path.name)
-    with writing_where_asked(copy):
-        shutil.copyfile(path, copy)
-    md5 = dvc_hash(copy)
+    in_mlflow = reference is not None and ":/" in reference
+    if not in_mlflow:  # what MLflow gave was downloaded for this alone; the page loads the file at the first visit
+        path = _copy(path, downloads)
+    md5 = dvc_hash(path)
 
     def read(name: str) -> str:
         with contextlib.suppress(OSError):
@@ -155,8 +154,15 @@ def find_model(root: Path | None, reference: str | None, downloads: contextlib.E
         return ""
 
     # Of a file its name alone: visitors of the page need not know where on the machine it lies.
-    name = reference if reference and ":/" in reference else path.name
-    return FoundModel(copy, f"{name} (md5 {md5[:8]})", find_accuracy(md5, read))
+    name = reference if in_mlflow else path.name
+    return FoundModel(path, f"{name} (md5 {md5[:8]})", find_accuracy(md5, read))
+
+
+def _copy(path: Path, downloads: contextlib.ExitStack) -> Path:
+    copy = Path(downloads.enter_context(tempfile.TemporaryDirectory(prefix="catdog-")), path.name)
+    with writing_where_asked(copy):
+        shutil.copyfile(path, copy)
+    return copy
 
 
 def _describe_promoted(root: Path, reference: str, path: Path, md5: str) -> FoundModel:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bz2
 import contextlib
-import errno
 import gzip
 import lzma
 import os
@@ -27,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, cast
 
 from catdog.errors import CatdogError
-from catdog.files import ZIP_DATE, require_disk_space, written_aside
+from catdog.files import DISK_IS_FULL, ZIP_DATE, DiskError, require_disk_space, written_aside
 from catdog.names import IMAGE_SUFFIXES, is_hidden
 
 Rename = Callable[[str], str | None]
@@ -76,7 +75,6 @@ _DAMAGE = (
     RecursionError,
     NotImplementedError,
 )
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MemberError(Exception):
@@ -148,7 +146,7 @@ def pack_folder(folder: Path, target: Path) -> None:
             paths = sorted(_walk(folder))
             sizes = {path: path.stat().st_size for path in paths if path.is_file()}
         except OSError as error:
-            raise CatdogError(
+            raise DiskError(
                 f"dataset folder has something that cannot be read: {error.filename} ({error.strerror}); check the "
                 "permissions of it and of its folder"
             ) from None
@@ -210,10 +208,12 @@ def _damage_told(location: str, kind: Kind) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if error.errno in DISK_IS_FULL:
             raise
         if error.errno is not None:
-            raise _refusal(location, f"cannot be read: {error.strerror}; check the path and its permissions") from None
+            raise DiskError(
+                f"dataset = {location!r} cannot be read: {error.strerror}; check the path and its permissions"
+            ) from None
         raise _damaged(location, kind, error) from None
     except _DAMAGE as error:
         raise _damaged(location, kind, error) from None

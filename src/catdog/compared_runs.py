@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import pandas as pd
 
 from catdog import paths
 from catdog.comparison import ComparedRun, listed, meaning
+from catdog.config import flatten
 from catdog.errors import CatdogError
 from catdog.evaluation import LabelledPredictions
 
@@ -283,11 +284,11 @@ def _read_revision(root: Path, name: str, commit: str | None, remedy: str) -> Co
             ) from None
         return text
 
-    current = dict(_flat(_read_yaml(read(paths.PARAMS), f"{paths.PARAMS} of {name}")))
+    current = dict(flatten(_read_yaml(read(paths.PARAMS), f"{paths.PARAMS} of {name}")))
     stages = _read_yaml(read(Path("dvc.lock")), f"dvc.lock of {name}").get("stages", {})
     used: dict[str, str] = {}
     for entry in stages.values():
-        used |= _flat(entry.get("params", {}).get(paths.PARAMS.as_posix(), {}))
+        used |= flatten(entry.get("params", {}).get(paths.PARAMS.as_posix(), {}))
     changed = [key for key, value in used.items() if meaning(current.get(key)) != meaning(value)]
     outs = {out["path"]: out.get("md5", "") for entry in stages.values() for out in entry.get("outs", [])}
     predictions = paths.PREDICTIONS
@@ -345,15 +346,6 @@ def _read_yaml(text: str, source: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise CatdogError(f"{source} holds no names and values; `git checkout` brings it back")
     return tree
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and values as text, as in MLflow."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)
 
 
 def _read_metrics(text: str, source: str) -> dict[str, float]:

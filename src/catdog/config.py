@@ -325,13 +325,14 @@ class Params(_Block):
 
     def flat(self) -> dict[str, str]:
         """Returns every parameter by its dotted name, as text, as MLflow and `-S` name them."""
-        return dict(_flatten(self.model_dump()))
+        return dict(flatten(self.model_dump()))
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the dotted names of a tree's values, and the values as text, as MLflow and `-S` name them."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", str(list(value) if isinstance(value, tuple) else value)
 

@@ -92,7 +92,7 @@ def examine(archive: zipfile.ZipFile, params: SplitParams, *, root: Path, worker
 
     images, rejected = inspect_archive(archive, labelling, max_pixels=params.max_megapixels * 1e6, workers=workers)
     reasons: list[pd.DataFrame] = []
-    warnings = list(labelling.warnings)
+    warnings: list[str] = []
     # What the user left out is listed as that also where it shows no picture: then it is no defect of the data.
     if listed is not None:
         unlisted = images[~images["path"].isin(listed["path"])].assign(reason=NOT_LISTED)

@@ -25,8 +25,8 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class DiskSpaceError(CatdogError):
-    """There is too little room on a disk; what was to be written is all right."""
+class DiskError(CatdogError):
+    """A disk is full, or the system does not read or write; what was to be used may be all right."""
 
 
 @contextlib.contextmanager
@@ -48,11 +48,11 @@ def written_aside(path: Path) -> Iterator[Path]:
 def used_up(remove: Callable[[], object]) -> Iterator[None]:
     """Removes what a block uses when the block has succeeded, or has found it of no use (CatdogError).
 
-    After anything else, such as an interrupt or a full disk, it stays for the next run.
+    After anything else, such as an interrupt or a disk that is full or fails, it stays for the next run.
     """
     try:
         yield
-    except DiskSpaceError:
+    except DiskError:
         raise
     except CatdogError:
         remove()
@@ -136,14 +136,14 @@ def require_disk_space(folder: Path, needed: int, purpose: str) -> None:
         purpose: what the bytes are for, for the message.
 
     Raises:
-        DiskSpaceError: fewer bytes are free.
+        DiskError: fewer bytes are free.
     """
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DiskSpaceError(
+        raise DiskError(
             f"{purpose} needs {needed / 1e6:,.0f} MB but {os.fspath(folder)} has {free / 1e6:,.0f} MB free; "
             "free some space (`catdog clean`, then `dvc gc --all-commits --all-experiments`)"
         )

@@ -37,7 +37,6 @@ class Labelling:
         splits: train, val or test by file name, for all that have a label; empty where the names give no split.
         unlabelled: names of the images that are there to be predicted, sorted.
         refused: reason by file name, for the files that are neither.
-        warnings: sentences about what the user may have meant otherwise.
     """
 
     classes: tuple[str, ...]
@@ -45,15 +44,13 @@ class Labelling:
     splits: dict[str, str]
     unlabelled: tuple[str, ...]
     refused: dict[str, str]
-    warnings: tuple[str, ...] = ()
 
 
 def label_files(names: Iterable[str]) -> Labelling:
     """Finds the classes, and splits if there are some, in an archive's member names.
 
     Two layouts are known: Kaggle's names (`train/cat.1001.jpg`), when most image names look like that, and
-    one folder a class (`PetImages/Cat/0.jpg`), below any number of single top folders. The folders are the classes
-    where names of one kind lie in several of them (`Cat/flickr.1.jpg`, `Dog/flickr.2.jpg`). Folders named train,
+    one folder a class (`PetImages/Cat/0.jpg`), below any number of single top folders. Folders named train,
     val and test (or the like) above either give the split. Images to predict are those with nothing but a number
     for a name beside Kaggle's names (`test1/1.jpg`), in a folder `unlabelled`, or in a test folder without classes.
 
@@ -61,7 +58,8 @@ def label_files(names: Iterable[str]) -> Labelling:
         names: member names; a name that ends with `/` is a folder.
 
     Raises:
-        CatdogError: fewer than two classes, a class without a file, or folders that are splits without classes.
+        CatdogError: fewer than two classes, a class without a file, folders that are splits without classes, or
+            names and folders that each tell other classes.
     """
     names = sorted(names)
     files = [name for name in names if not name.endswith("/")]
@@ -69,9 +67,7 @@ def label_files(names: Iterable[str]) -> Labelling:
     images = [name for name in visible if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise CatdogError(f"the data set holds no image files among its {len(files)} files; check `dataset`")
-    by_name = _label_by_kaggle_names(visible, images)
-    warning = _say_that_folders_rule(by_name.labels, images) if by_name else ""
-    found = by_name if by_name and not warning else _label_by_folders(names, visible, images)
+    found = _label_by_kaggle_names(visible, images) or _label_by_folders(names, visible, images)
     classes = tuple(sorted({found.labels[name] for name in images if name in found.labels}))
     # A class is what at least one image name stands for: notes called fox.1.txt make none.
     labels = {name: label for name, label in found.labels.items() if label in classes}
@@ -97,7 +93,7 @@ def label_files(names: Iterable[str]) -> Labelling:
         for name in files
         if name not in labels and name not in unlabelled
     }
-    return Labelling(classes, labels, splits, tuple(sorted(unlabelled)), refused, (warning,) if warning else ())
+    return Labelling(classes, labels, splits, tuple(sorted(unlabelled)), refused)
 
 
 def label_by_table(names: Iterable[str], table: Mapping[str, str]) -> Labelling:
@@ -156,15 +152,16 @@ def _label_by_kaggle_names(visible: list[str], images: list[str]) -> _Found | No
     one_folder = len({PurePosixPath(name).parent for name in images}) == 1
     if len(image_labels) <= len(rest) / 2 or not (one_folder or len(set(image_labels)) > 1):
         return None
+    _require_one_meaning(by_name, images)
     splits = {name: _split_above(name) for name in by_name}
     splits = splits if all(splits.values()) else {}
     return _Found(by_name, splits, unlabelled, set(), "no class in its name")
 
 
-def _say_that_folders_rule(labels: Mapping[str, str], images: list[str]) -> str:
-    """A sentence where one label of Kaggle's names lies in several class folders, else "".
+def _require_one_meaning(labels: Mapping[str, str], images: list[str]) -> None:
+    """Raises CatdogError where one label of Kaggle's names lies in several folders, as if those were the classes.
 
-    Such names tell something else than the class, as in `Cat/flickr.1.jpg` and `Dog/flickr.2.jpg`.
+    Nothing tells `Cat/flickr.1.jpg` and `Dog/flickr.2.jpg` from `part1/cat.1.jpg` and `part2/cat.2.jpg`.
     """
     labelled = [name for name in images if name in labels]
     # Without the folders of splits, so that `train/cats/cat.1.jpg` and `val/cats/cat.2.jpg` are in one class folder.
@@ -176,11 +173,12 @@ def _say_that_folders_rule(labels: Mapping[str, str], images: list[str]) -> str:
         folders.setdefault(label, {}).setdefault(below, name)
     shared = next((label for label, one in sorted(folders.items()) if len(one) > 1), None)
     if shared is None or len(inside) <= len(labelled) / 2:
-        return ""
+        return
     one, other = list(folders[shared].values())[:2]
-    return (
-        f"images are named alike in several folders, as {one!r} and {other!r}, so the folders are the classes, not the "
-        f"names ({shared!r}); to take the names, put all images into one folder"
+    raise CatdogError(
+        f"images are named alike in several folders, as {one!r} and {other!r}: their class may be the folder, or the "
+        f"name ({shared!r}); put all images into one folder if it is the name, rename them if it is the folder, or "
+        "list them with their label in split.file"
     )
 
 

@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from catdog.errors import CatdogError
-from catdog.second_process import FreshProcesses
+from catdog.second_process import fresh_processes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -95,24 +95,22 @@ def image_workers(
         function = make()
         yield lambda items: map_in_threads(function, items, workers=workers)
         return
-    pool = FreshProcesses(processes)
     pickled = pickle.dumps(make)
-
-    def map_all(items: Sequence[Item]) -> Iterator[Result]:
-        groups = (items[start : start + _AT_ONCE] for start in range(0, len(items), _AT_ONCE))
-        submitted = (pool.submit(_do, pickled, group) for group in groups)
-        for results in _in_order(submitted, processes * _AHEAD - 1):
-            yield from results
-
     try:
-        # The pool starts a process for each call that finds none idle.
-        for opened in [pool.submit(_do, pickled, ()) for _ in range(processes)]:
-            opened.result()
-        yield map_all
+        with fresh_processes(processes) as pool:
+
+            def map_all(items: Sequence[Item]) -> Iterator[Result]:
+                groups = (items[start : start + _AT_ONCE] for start in range(0, len(items), _AT_ONCE))
+                submitted = (pool.submit(_do, pickled, group) for group in groups)
+                for results in _in_order(submitted, processes * _AHEAD - 1):
+                    yield from results
+
+            # The pool starts a process for each call that finds none idle.
+            for opened in [pool.submit(_do, pickled, ()) for _ in range(processes)]:
+                opened.result()
+            yield map_all
     except BrokenProcessPool:
         raise process_died(processes) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def process_died(processes: int) -> CatdogError:

@@ -407,21 +407,23 @@ def _mirror(root: Path, params: Params, registry: Registry, stage: str) -> bool:
     """Brings MLflow's registry in line with the tags; says whether it did anything."""
     from mlflow.exceptions import MlflowException
 
-    serving = registry.serving(stage)
+    serving, former = registry.serving(stage), registry.former(stage)
     assert serving is not None
     try:
         client = connect(root)
         before = read_mirror(client, registry.artifact)
-        # The oldest first, so that MLflow numbers them as git does.
-        for version in reversed(registry.versions):
-            if version == serving:
-                _mirror_version(root, client, registry, version)
-            elif version.name not in before:
+        _mirror_version(root, client, registry, serving)
+        missing = [version for version in registry.versions if version != serving and version.name not in before]
+        # What has an alias does not wait until the models of all others are brought from a remote.
+        with_alias = [version for version in missing if version == former]
+        for versions in (with_alias, [version for version in missing if version != former]):
+            for version in versions:
                 try:
                     _mirror_version(root, client, registry, version)
-                except CatdogError as error:
-                    print(f"catdog: {version.name} is not in MLflow: {error}", file=sys.stderr)
-        mirror_aliases(client, registry)
+                except (CatdogError, MlflowException) as error:
+                    cause = " ".join(str(error).split())[:300]
+                    print(f"catdog: {version.name} is not in MLflow: {cause}", file=sys.stderr)
+            mirror_aliases(client, registry)
         return read_mirror(client, registry.artifact) != before
     except (StoreError, MlflowException) as error:
         cause = " ".join(str(error).split())[:300]

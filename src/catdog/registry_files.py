@@ -381,8 +381,8 @@ def cached_model(repository: Any, model: LockedModel) -> Path:
                     _get(repo, model, file)
     except OSError as error:
         raise CatdogError(
-            f"the model cannot be kept in {file.parent} ({error.strerror or error}); set HOME to a folder that can be "
-            "written, or `catdog fetch -o FILE` puts it where you like"
+            f"the model cannot be brought to {file.parent} ({error.filename or file.parent}: "
+            f"{error.strerror or error}); mend that, or set HOME to a folder that can be written"
         ) from None
     return file
 

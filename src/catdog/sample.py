@@ -34,7 +34,7 @@ from catdog.errors import CatdogError
 from catdog.files import ZIP_DATE, written_aside
 from catdog.parallel import process_died, processors
 from catdog.progress import progress
-from catdog.second_process import FreshProcesses
+from catdog.second_process import fresh_processes
 
 SAMPLE_CLASSES = ("cat", "dog")
 
@@ -1640,16 +1640,11 @@ def _draw_all(images: Sequence[tuple[int, int, int]]) -> Iterator[bytes]:
         yield from progress(map(_draw_one, images), "draw", len(images), "images")
         return
     # Processes, because drawing is mostly Python.
-    pool = FreshProcesses(processors())
     try:
-        yield from progress(pool.map(_draw_one, images, chunksize=10), "draw", len(images), "images")
+        with fresh_processes(processors()) as pool:
+            yield from progress(pool.map(_draw_one, images, chunksize=10), "draw", len(images), "images")
     except BrokenProcessPool:
         raise process_died(processors()) from None
-    except BaseException:
-        pool.kill()  # whatever they are at
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _draw_one(image: tuple[int, int, int]) -> bytes:

@@ -12,16 +12,24 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing.connection import Connection
 
 
-@contextlib.contextmanager
-def second_process() -> Iterator[Executor]:
-    """Starts a process at once, and ends it with the block; an error in the block ends it whatever it is at.
+def second_process() -> contextlib.AbstractContextManager[Executor]:
+    """Returns a block's second process, as `fresh_processes` does; it does one thing after the other."""
+    return fresh_processes(1)
 
-    It does one thing after the other. The block should wait for all of them: what is waiting at its end may be left.
+
+@contextlib.contextmanager
+def fresh_processes(count: int) -> Iterator[Executor]:
+    """Starts processes as they are needed, and ends them with the block; an error in it ends them whatever they are at.
+
+    The block should wait for all that it has them do: what is waiting at its end may be left.
+
+    Args:
+        count: how many there are at most.
 
     Yields:
-        Its `submit(function, *arguments)` returns a future.
+        Their `submit(function, *arguments)` returns a future.
     """
-    pool = FreshProcesses(1)
+    pool = FreshProcesses(count)
     try:
         yield pool
     except BaseException:

@@ -136,6 +136,8 @@ def assign_splits(
     """
     labels = images["label"]
     counts = labels.value_counts().sort_index()
+    if _all_that_is_left(train, (val, test)):
+        train = None
     shares_asked = {"test": test, "val": val, "train": train}
     wanted = {split: _per_class(share, counts, split) for split, share in shares_asked.items() if share is not None}
     asked = " and ".join(f"split.{split} = {share}" for split, share in shares_asked.items() if share is not None)
@@ -182,6 +184,12 @@ def assign_splits(
     return assigned
 
 
+def _all_that_is_left(train: int | float | None, others: Iterable[int | float | None]) -> bool:
+    """Says whether fractions come to one: rounded each, they could come to more images than there are."""
+    shares = [train, *others]
+    return isinstance(train, float) and math.isclose(sum(one for one in shares if isinstance(one, float)), 1)
+
+
 def assign_folds(
     images: pd.DataFrame,
     *,
@@ -221,6 +229,8 @@ def assign_folds(
         held[emptiest].update(one.labels)
         number[one.positions] = emptiest
     rest = images[number != fold]
+    if _all_that_is_left(train, (val, 1 / folds)):
+        train = None
     # Shares are of all images, also of those in the fold.
     val_size, train_size = (round(one * len(images)) if isinstance(one, float) else one for one in (val, train))
     assigned = pd.Series("test", index=images.index, name="split")

@@ -11,9 +11,10 @@ import numpy as np
 from catdog import paths
 from catdog.checkpoints import run_key
 from catdog.comparison import meaning
-from catdog.config import Params, _flatten, validate_params
+from catdog.config import Params, flatten, validate_params
 from catdog.errors import CatdogError
-from catdog.files import read_json, read_yaml, write_json
+from catdog.files import read_json, write_json
+from catdog.registry_files import read_yaml
 
 SPLITS = ("train", "val")
 """What a search may see."""
@@ -66,14 +67,14 @@ def require_current(root: Path, params: Params, stages: Sequence[str], made: str
         CatdogError: a stage has not run, or in another way.
     """
     lock = root / "dvc.lock"
-    entries = (read_yaml(lock) or {}).get("stages", {}) if lock.exists() else {}
+    entries = read_yaml(lock.read_text(encoding="utf-8"), "dvc.lock").get("stages", {}) if lock.exists() else {}
     current = params.flat()
     outs: dict[str, str] = {}
     for stage in stages:
         if stage not in entries:
             raise CatdogError(f"dvc.lock knows no run of the stage {stage}; run `dvc repro` first")
         used = entries[stage].get("params", {}).get(paths.PARAMS.as_posix(), {})
-        for key, value in _flatten(used):
+        for key, value in flatten(used):
             if meaning(current.get(key)) != meaning(value):
                 raise CatdogError(
                     f"{made} were made with {key} = {value}, but {paths.PARAMS} says {current.get(key)}; run "
