@@ -325,3 +325,20 @@ def test_index_counts_and_names_every_shard(encode, tmp_path):
     assert [entry["numBytes"] for entry in index["splits"]] == [
         str(sum(path.stat().st_size for path in shard_paths(tmp_path, split))) for split in ("train", "val")
     ]
+
+
+def test_reading_is_not_tuned(encode, tmp_path, monkeypatch):
+    """TensorFlow's thread that tunes is sometimes not woken at the end, and the reader waits for as long again."""
+    import tensorflow as tf
+
+    tuned = []
+    iterate = tf.data.Dataset.as_numpy_iterator
+
+    def spied(dataset):
+        tuned.append(dataset.options().autotune.enabled)
+        return iterate(dataset)
+
+    monkeypatch.setattr(tf.data.Dataset, "as_numpy_iterator", spied)
+    write_all(tmp_path, encode, {"train": 3}, 3)
+    assert len(list(RecordReader(shard_paths(tmp_path, "train"), 2))) == 2
+    assert tuned == [False]

@@ -30,6 +30,8 @@ from catdog.optimization import (
     image_weights,
     mix,
 )
+from catdog.parallel import processors
+from catdog.records import untuned
 from catdog.shares import Share, current_share
 from catdog.training import FitPlan, fit
 
@@ -222,7 +224,7 @@ def _restartable(batches: Callable[[], Iterator[Batch]], image_size: int, output
 
     shapes = [(None, image_size, image_size, 3), (None, outputs), (None,)]
     signature = tuple(tf.TensorSpec(shape, tf.float32) for shape in shapes)
-    return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(2)
+    return untuned(tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(2))
 
 
 def _training_batches(
@@ -280,12 +282,12 @@ def _shuffled(images: Images, *, seed: int, epoch: int) -> tf.data.Dataset:
     # Stored pictures are shuffled, not decoded ones, which take ten times the memory.
     record_bytes = sum(shard.stat().st_size for shard in images.shards) / len(images.labels)
     buffer = max(1, min(len(images.labels), int(SHUFFLE_BYTES / record_bytes)))
-    return (
+    return untuned(
         # From many files in turn: shards may hold one class each.
         tf.data.Dataset.from_tensor_slices(shards)
         .interleave(tf.data.TFRecordDataset, cycle_length=min(_FILES_AT_ONCE, len(shards)), block_length=1)
         .shuffle(buffer, seed=int(rng.integers(2**31)), reshuffle_each_iteration=False)
-        .map(_decode, num_parallel_calls=tf.data.AUTOTUNE)
+        .map(_decode, num_parallel_calls=processors())
     )
 
 
@@ -304,8 +306,8 @@ def _validation_batches(
     def to_target(pixels: Any, labels: Any) -> tuple[Any, Any]:
         return tf.cast(pixels, tf.float32), tf.gather(target_of, labels)
 
-    dataset = tf.data.TFRecordDataset(shards).map(_decode, num_parallel_calls=tf.data.AUTOTUNE)
-    dataset = dataset.batch(batch_size).map(to_target).prefetch(2)
+    dataset = tf.data.TFRecordDataset(shards).map(_decode, num_parallel_calls=processors())
+    dataset = untuned(dataset.batch(batch_size).map(to_target).prefetch(2))
     # Keras wants to know the number; a shard that holds more or fewer images than the labels is an error.
     count = math.ceil(len(images.labels) / batch_size)
     dataset = dataset.apply(tf.data.experimental.assert_cardinality(count))

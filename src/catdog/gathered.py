@@ -103,6 +103,7 @@ def fit_gathered(
     import tensorflow as tf
 
     from catdog.optimization import encode_targets, image_weights
+    from catdog.records import untuned
     from catdog.training import FitPlan, compile_head, fit
 
     assert not params.mixup, "mixup is made in Python, by fit_head"
@@ -133,12 +134,12 @@ def fit_gathered(
     def batches_from(first: int) -> Any:
         epochs = tf.data.Dataset.range(first, params.epochs).flat_map(order_of)
         # A map in several threads would be no faster, and TensorFlow prints a notice about it.
-        return epochs.map(batch).prefetch(4)
+        return untuned(epochs.map(batch).prefetch(4))
 
     # No smaller than the batches of fit_head, which sums the loss over the same ones.
     together = max(size, _VALIDATED_TOGETHER)
     # Joined data sets of one batch each: an iterator over a map takes longer to make, each epoch, than to run.
-    val = functools.reduce(
+    joined = functools.reduce(
         tf.data.Dataset.concatenate,
         (
             tf.data.Dataset.from_tensors((data.val[start : start + together], val_targets[start : start + together]))
@@ -146,4 +147,4 @@ def fit_gathered(
         ),
     )
     plan = FitPlan("head", "train", params, count, outputs)
-    return fit(trainee, batches_from, val, plan, checkpoints, steps_per_epoch=steps).history
+    return fit(trainee, batches_from, untuned(joined), plan, checkpoints, steps_per_epoch=steps).history

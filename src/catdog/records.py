@@ -324,6 +324,19 @@ def read_labels(shards: Sequence[Path]) -> npt.NDArray[np.int64]:
     return np.array([example["image/class/label"] for example in records.as_numpy_iterator()], np.int64)
 
 
+def untuned(dataset: Any) -> Any:
+    """Returns a `tf.data.Dataset` that TensorFlow does not tune while it is read.
+
+    The thread that tunes sleeps for 10, 20, 40 ms and so on, and is sometimes not woken when the reading ends
+    (TensorFlow 2.21): whoever reads then waits for it, in all up to twice as long. Say how many threads `map` takes.
+    """
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
 class RecordReader:
     """Reads shards one after another, batch by batch, and keeps the labels and paths that it passed.
 
@@ -361,12 +374,12 @@ class RecordReader:
 
         dataset = (
             tf.data.TFRecordDataset(self._shards)
-            .map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+            .map(parse, num_parallel_calls=processors())
             .batch(self._batch_size)
             .prefetch(2)
         )
         self._labels, self.paths = [], []
-        for pixels, labels, names in dataset.as_numpy_iterator():
+        for pixels, labels, names in untuned(dataset).as_numpy_iterator():
             self._labels.append(labels)
             self.paths += [name.decode() for name in names]
             yield pixels
