@@ -82,9 +82,12 @@ def settle(network: keras.Model, values: np.ndarray) -> None:
         layer.momentum = before
 
 
-@pytest.mark.parametrize(("name", "size"), [("mobilenetv2", 64), ("vgg16", 16)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("mobilenetv2", 64), ("vgg16", 16), ("efficientnetb0", 64), ("efficientnetv2b0", 64), ("mobilenetv3large", 64)],
+)
 def test_engines_agree(name, size):
-    """With a whole network; and with a small one behind the preprocessing that is operations, not layers."""
+    """With whole networks, some with swish; with a small one behind preprocessing of operations, not layers."""
     keras.utils.set_random_seed(1)
     rng = np.random.default_rng(0)
     if name == "vgg16":

@@ -264,11 +264,13 @@ def openvino_network(model: keras.Model, function: Callable[[Any], Any]) -> Any:
     openvino = import_openvino()
     from openvino.preprocess import PrePostProcessor
 
-    graph = frozen(model, function, dtype="float32").graph.as_graph_def()
+    constant = frozen(model, function, dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.pb")
-        path.write_bytes(graph.SerializeToString())
-        network = openvino.Core().read_model(path)
+        path.write_bytes(constant.graph.as_graph_def().SerializeToString())
+        whole = openvino.Core().read_model(path)
+    # Whatever nobody uses OpenVINO takes for another output: EfficientNet's swish leaves a node for its gradient.
+    network = openvino.Model([whole.output(constant.outputs[0].name)], whole.get_parameters())
     steps = PrePostProcessor(network)
     steps.input().tensor().set_element_type(openvino.Type.u8)
     return steps.build()
