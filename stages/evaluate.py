@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,7 @@ def main() -> None:
             tuple(reader.paths), reader.labels, class_probabilities(output), info.class_names, info.threshold
         )
 
-        # Beside the heat maps, which Keras computes here, the other process judges and draws.
+        # Beside the galleries and their heat maps, which Keras computes here, the other process judges and draws.
         judged = second.submit(
             evaluation_tables,
             predictions,
@@ -70,15 +71,17 @@ def main() -> None:
             points = second.submit(project, features[shown], params.feature_map, seed)
         tables = judged.result()
         drawn = [second.submit(draw_tables, tables, predictions, paths.EVALUATION_PICTURES)]
+        pictures: dict[str, Path] = {"learning_curves": paths.LEARNING_CURVES}
         with open_archive(paths.RAW) as archive:
             galleries = collect_galleries(
                 predictions,
                 choose_galleries(predictions, params.gallery),
                 lambda path: read_member(archive, path),
                 info,
-                build_gradcam(model, info) if params.gradcam else None,
+                build_gradcam(model, info, engine) if params.gradcam else None,
             )
-            drawn += [second.submit(draw_gallery, gallery, paths.EVALUATION_PICTURES) for gallery in galleries]
+            for gallery in galleries:
+                pictures |= draw_gallery(gallery, paths.EVALUATION_PICTURES)
         asked: dict[str, pd.DataFrame] = {}
         if points is not None:
             asked["features"] = feature_table(predictions, shown, points.result())
@@ -103,8 +106,7 @@ def main() -> None:
         content = ReportContent(
             tables=tables,
             metrics=report,
-            pictures={name: path for part in drawn for name, path in part.result().items()}
-            | {"learning_curves": paths.LEARNING_CURVES},
+            pictures=pictures | {name: path for part in drawn for name, path in part.result().items()},
             info=info,
             params=run.params,
             facts=read_json(paths.DATA_REPORT)

@@ -97,10 +97,11 @@ def main() -> None:
             write_text(paths.HISTORY, history.round(6).to_csv(index=False))
             run.log_curves(history.round(6))
             best = kept_epoch(history, fine_tuned=bool(tuned and tuned.improved))
-            drawn = second.submit(plot_learning_curves, history, int(best["epoch"]), paths.LEARNING_CURVES)
-
             logits = _validation_logits(run, model) if tuned and tuned.improved else apply_head(head, val)
-            calibration = second.submit(calibrate, logits, val.labels, run.params.calibrate).result()
+            calibrated = second.submit(calibrate, logits, val.labels, run.params.calibrate)
+            # After what is waited for: drawn while this process writes the model.
+            drawn = second.submit(plot_learning_curves, history, int(best["epoch"]), paths.LEARNING_CURVES)
+            calibration = calibrated.result()
             set_temperature(model, calibration.temperature)
             info = replace(info, temperature=calibration.temperature, threshold=calibration.threshold)
             save_model(model, info, paths.MODEL)
@@ -109,9 +110,8 @@ def main() -> None:
                 "head_parameters": head.count_params(),
                 "model_parameters": model.count_params(),
                 "model_bytes": paths.MODEL.stat().st_size,
+                **({"fine_tuning": tuned.report()} if tuned else {}),
             }
-            if tuned:
-                report["fine_tuning"] = tuned.report()
             drawn.result()
             run.finish(report, _summary(best, len(history), tuned))
             checkpoints.clear()
@@ -119,6 +119,7 @@ def main() -> None:
 
 def _import_beside() -> None:
     """Imports what the second process will need, while this one builds and fits."""
+    import mlflow.pyfunc  # noqa: F401
     import scipy.optimize  # noqa: F401
 
     import_matplotlib()

@@ -92,6 +92,7 @@ def expected(model, name, pooling, pixels, classes):
     return np.array(heats)
 
 
+@pytest.mark.parametrize("engine", ["keras", "openvino"])
 @pytest.mark.parametrize(
     ("name", "pooling", "classes", "hidden"),
     [
@@ -100,10 +101,10 @@ def expected(model, name, pooling, pixels, classes):
         ("densenet121", "avg", 2, ()),  # its preprocessing is a third one
     ],
 )
-def test_maps_are_the_papers(name, pooling, classes, hidden):
+def test_maps_are_the_papers(name, pooling, classes, hidden, engine):
     model, info = small_model(name, pooling, classes=classes, hidden=hidden)
     pixels, wanted = some_pixels(6), np.arange(6) % classes
-    heat = build_gradcam(model, info)(pixels, wanted)
+    heat = build_gradcam(model, info, engine)(pixels, wanted)
     assert (heat.dtype, heat.shape) == (np.float32, (6, SIZE, SIZE))
     assert set(heat.max(axis=(1, 2)).tolist()) <= {0.0, 1.0}
     assert heat.max() == 1
@@ -116,8 +117,9 @@ def test_maps_are_the_papers(name, pooling, classes, hidden):
 FAMILIES = ["convnexttiny", "efficientnetb0", "mobilenetv2", "resnet50", "vgg16"]
 
 
+@pytest.mark.parametrize("engine", ["keras", "openvino"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_kind_of_backbone_can_be_explained(name):
+def test_every_kind_of_backbone_can_be_explained(name, engine):
     """With average pooling and a linear head, Grad-CAM is the maps times the head's kernel (section 3.1)."""
     keras.utils.set_random_seed(1)
     backbone = BACKBONES[name]
@@ -128,7 +130,7 @@ def test_every_kind_of_backbone_can_be_explained(name):
     pixels = np.repeat(some_pixels(1, size // 4 * 4, seed=2), 2, axis=0)
     pixels = np.pad(pixels, ((0, 0), (0, size - pixels.shape[1]), (0, size - pixels.shape[2]), (0, 0)))
     info = ModelInfo(("cat", "dog"), size, "stretch", 95, name, "random", "avg")
-    heat = build_gradcam(model, info)(pixels, np.array([0, 1]))
+    heat = build_gradcam(model, info, engine)(pixels, np.array([0, 1]))
 
     maps = keras.Model(network.inputs[0], network.get_layer(backbone.last_convolution).output)
     values = np.asarray(maps(preprocess(pixels[:1].astype(np.float32), backbone), training=False), np.float64)[0]
@@ -163,20 +165,22 @@ def test_each_class_of_a_sigmoid_is_found_on_its_side():
     assert blue == pytest.approx(red[:, ::-1], abs=1e-6)
 
 
-def test_nothing_that_speaks_for_a_class_gives_no_heat():
+@pytest.mark.parametrize("engine", ["keras", "openvino"])
+def test_nothing_that_speaks_for_a_class_gives_no_heat(engine):
     model, info, pixels = red_against_blue()
     only_red = np.where(np.arange(3) == 0, pixels.max(), 0).astype(np.uint8) * np.ones_like(pixels)
-    blue, red = build_gradcam(model, info)(only_red.repeat(2, axis=0), np.array([0, 1]))
+    blue, red = build_gradcam(model, info, engine)(only_red.repeat(2, axis=0), np.array([0, 1]))
     assert (blue == 0).all()
     assert (red == 1).all()
 
 
+@pytest.mark.parametrize("engine", ["keras", "openvino"])
 @pytest.mark.parametrize("pooling", ["avg", "max"])
-def test_joined_networks_give_the_mean_of_their_maps(pooling):
+def test_joined_networks_give_the_mean_of_their_maps(pooling, engine):
     names = ("vgg16", "mobilenetv2")
     model, info = small_model("+".join(names), pooling)
     pixels, wanted = some_pixels(), np.ones(5, np.int64)
-    heat = build_gradcam(model, info)(pixels, wanted)
+    heat = build_gradcam(model, info, engine)(pixels, wanted)
     kernel = model.get_layer("head").get_layer("logits").get_weights()[0][:, 0]
     parts = []
     for name, weights in zip(names, (kernel[:6], kernel[6:]), strict=True):
@@ -211,10 +215,11 @@ def test_saved_model_and_its_temperature_and_a_model_without_one(tmp_path, names
         assert (build_gradcam(*load_model(tmp_path / f"{name}.keras"))(pixels, classes) == heat).all()
 
 
-def test_model_stays_as_it_is(tmp_path):
+@pytest.mark.parametrize("engine", ["keras", "openvino"])
+def test_model_stays_as_it_is(tmp_path, engine):
     model, info = small_model("vgg16+mobilenetv2", "max", hidden=(5,))
     save_model(model, info, tmp_path / "before.keras")
-    build_gradcam(model, info)(some_pixels(), np.zeros(5, np.int64))
+    build_gradcam(model, info, engine)(some_pixels(), np.zeros(5, np.int64))
     save_model(model, info, tmp_path / "after.keras")
     assert (tmp_path / "after.keras").read_bytes() == (tmp_path / "before.keras").read_bytes()
 
@@ -229,15 +234,29 @@ def test_frozen_and_trainable_layers_are_explained_alike():
     assert (build_gradcam(model, info)(pixels, classes) == frozen).all()
 
 
-def test_pictures_do_not_depend_on_their_batch():
+@pytest.mark.parametrize("engine", ["keras", "openvino"])
+def test_pictures_do_not_depend_on_their_batch(engine):
     model, info = small_model(hidden=(5,), pooling="max")
     pixels, classes = some_pixels(11), np.arange(11) % 2
-    explain = build_gradcam(model, info, batch_size=4)
+    explain = build_gradcam(model, info, engine, batch_size=4)
     heat = explain(pixels, classes)
     assert (explain(pixels, classes) == heat).all()
-    assert build_gradcam(model, info, batch_size=1)(pixels, classes) == pytest.approx(heat, abs=1e-5)
+    assert build_gradcam(model, info, engine, batch_size=1)(pixels, classes) == pytest.approx(heat, abs=1e-5)
     assert explain(pixels[::-1], classes[::-1])[::-1] == pytest.approx(heat, abs=1e-5)
     assert explain(pixels[:0], classes[:0]).shape == (0, SIZE, SIZE)
+
+
+def test_openvino_takes_half_precision_too():
+    """A run may ask for it anywhere; the maps are those of the same network in Keras."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model, info = small_model()
+        pixels, classes = some_pixels(), np.array([0, 1, 0, 1, 0])
+        half = build_gradcam(model, info, "openvino")(pixels, classes)
+        assert half == pytest.approx(build_gradcam(model, info)(pixels, classes), abs=0.05)
+        assert half.max() == 1
+    finally:
+        keras.config.set_dtype_policy("float32")
 
 
 def test_unknown_backend_is_told(monkeypatch):

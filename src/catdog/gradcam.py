@@ -7,6 +7,7 @@ From Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from catdog.backbones import Backbone, get_backbones
 from catdog.errors import CatdogError
 from catdog.images import Pixels
+from catdog.inference import Engine, Forward, openvino_network, run_openvino
 from catdog.model import ModelInfo
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ _Step = Callable[[Pixels, npt.NDArray[np.float32]], Sequence[npt.NDArray[np.floa
 network."""
 
 
-def build_gradcam(model: keras.Model, info: ModelInfo, *, batch_size: int = 8) -> Explain:
+def build_gradcam(model: keras.Model, info: ModelInfo, engine: Engine = "keras", *, batch_size: int = 8) -> Explain:
     """Prepares Grad-CAM for a model of this pipeline.
 
     The gradient is that of the class's logit: where the model is sure, that of its probability vanishes. The negative
@@ -44,6 +46,7 @@ def build_gradcam(model: keras.Model, info: ModelInfo, *, batch_size: int = 8) -
     Args:
         model: from `model.load_model`; stays as it is.
         info: what it says about itself.
+        engine: from `inference.choose_engine`, of the way to the last convolution; what follows is little, and Keras'.
         batch_size: images that are computed at once; it bounds the memory.
 
     Returns:
@@ -67,14 +70,14 @@ def build_gradcam(model: keras.Model, info: ModelInfo, *, batch_size: int = 8) -
 
     def maps_of(pixels: Any) -> list[Any]:
         values = keras.ops.cast(pixels, "float32")
-        return [bottom(values) for bottom, _ in branches]
+        return [branch.bottom(values) for branch in branches]
 
     def logits_of(maps: Sequence[Any]) -> Any:
-        parts = [top(values) for (_, top), values in zip(branches, maps, strict=True)]
+        parts = [branch.top(values) for branch, values in zip(branches, maps, strict=True)]
         features = parts[0] if len(parts) == 1 else model.get_layer("pooling")(parts)
         return keras.ops.cast(head(features, training=False), "float32")
 
-    step = _STEPS[backend](model, maps_of, logits_of)
+    step = _openvino_step(branches, logits_of) if engine == "openvino" else _STEPS[backend](model, maps_of, logits_of)
     size = info.image_size
     directions = np.eye(head.output_shape[-1], dtype=np.float32)
     if len(directions) == 1:
@@ -91,7 +94,16 @@ def build_gradcam(model: keras.Model, info: ModelInfo, *, batch_size: int = 8) -
     return explain
 
 
-def _cut(model: keras.Model, pooling: str, backbone: Backbone) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+@dataclass(frozen=True)
+class _Branch:
+    """One network's way from the pixels to its features, cut in two at its last convolutional activation."""
+
+    bottom: Callable[[Any], Any]
+    top: Callable[[Any], Any]
+    lower: keras.Model  # the part of the network that `bottom` goes through
+
+
+def _cut(model: keras.Model, pooling: str, backbone: Backbone) -> _Branch:
     """Cuts the way from the pixels to one network's features in two, at its last convolutional activation."""
     import keras
 
@@ -110,7 +122,7 @@ def _cut(model: keras.Model, pooling: str, backbone: Backbone) -> tuple[Callable
     def top(maps: Any) -> Any:
         return pool(maps if upper is None else upper(maps, training=False))
 
-    return bottom, top
+    return _Branch(bottom, top, lower)
 
 
 def _tensorflow_step(model: keras.Model, maps_of: Callable[..., Any], logits_of: Callable[..., Any]) -> _Step:
@@ -120,17 +132,43 @@ def _tensorflow_step(model: keras.Model, maps_of: Callable[..., Any], logits_of:
     outputs = model.get_layer("head").output_shape[-1]
 
     def explain(pixels: Any, directions: Any) -> Any:
-        maps = maps_of(pixels)
-        with tf.GradientTape() as tape:
-            tape.watch(maps)
-            # An image's logits depend on no other's: the gradient of the sum is each one's own.
-            score = tf.reduce_sum(logits_of(maps) * directions)
-        return [_weigh(*pair) for pair in zip(maps, tape.gradient(score, maps), strict=True)]
+        return _weighed(maps_of(pixels), directions, logits_of)
 
     # One signature for batches of any length: traced once.
     signature = [tf.TensorSpec((None, size, size, 3), tf.uint8), tf.TensorSpec((None, outputs), tf.float32)]
     compute = tf.function(explain, input_signature=signature, autograph=False)
     return lambda pixels, directions: [values.numpy() for values in compute(pixels, directions)]
+
+
+def _openvino_step(branches: Sequence[_Branch], logits_of: Callable[..., Any]) -> _Step:
+    """Takes half the processor time of `_tensorflow_step` for the 72 pictures of a report."""
+    import keras
+    import tensorflow as tf
+
+    def prepare(branch: _Branch) -> Forward:
+        # float32 whatever the policy: NumPy knows no bfloat16.
+        return run_openvino(
+            openvino_network(branch.lower, lambda pixels: keras.ops.cast(branch.bottom(pixels), "float32"))
+        )
+
+    forwards = [prepare(branch) for branch in branches]
+
+    def step(pixels: Pixels, directions: npt.NDArray[np.float32]) -> Sequence[npt.NDArray[np.float32]]:
+        maps = [tf.constant(forward([pixels])) for forward in forwards]
+        return [values.numpy() for values in _weighed(maps, tf.constant(directions), logits_of)]
+
+    return step
+
+
+def _weighed(maps: Sequence[Any], directions: Any, logits_of: Callable[..., Any]) -> list[Any]:
+    """Weighs maps by their gradients, with TensorFlow."""
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(maps)
+        # An image's logits depend on no other's: the gradient of the sum is each one's own.
+        score = tf.reduce_sum(logits_of(maps) * directions)
+    return [_weigh(*pair) for pair in zip(maps, tape.gradient(score, maps), strict=True)]
 
 
 def _jax_step(model: keras.Model, maps_of: Callable[..., Any], logits_of: Callable[..., Any]) -> _Step:
