@@ -24,6 +24,7 @@ from catdog.comparison import ComparedRun, listed, meaning
 from catdog.config import flatten
 from catdog.errors import CatdogError
 from catdog.evaluation import LabelledPredictions
+from catdog.files import parse_yaml
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -335,14 +336,7 @@ def _read_groups(text: str, images: Iterable[str], source: str) -> dict[str, str
 
 
 def _read_yaml(text: str, source: str) -> dict[str, Any]:
-    # The same reader as for params.yaml: YAML 1.2, in which 1e-05 is a number.
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        tree = YAML(typ="safe").load(text) or {}
-    except YAMLError as error:
-        raise CatdogError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    tree = parse_yaml(text, source) or {}
     if not isinstance(tree, dict):
         raise CatdogError(f"{source} holds no names and values; `git checkout` brings it back")
     return tree

@@ -27,6 +27,7 @@ from catdog import paths
 from catdog.bootstrap import holm, intervals, mcnemar, paired_differences
 from catdog.errors import CatdogError
 from catdog.evaluation import LabelledPredictions
+from catdog.quality import first_members
 
 LOWER_IS_BETTER = frozenset({"log_loss", "brier", "ece"})
 SIGNIFICANCE = 0.05
@@ -181,9 +182,6 @@ def _group_notes(run: ComparedRun) -> list[str]:
 
 def _group_numbers(names: Sequence[str], *runs: ComparedRun) -> npt.NDArray[np.int64] | None:
     """Returns numbers that are equal for images that are in one group of any run; None where each is on its own."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     links: list[tuple[int, int]] = []
     for run in runs:
         first: dict[str, int] = {}
@@ -192,9 +190,7 @@ def _group_numbers(names: Sequence[str], *runs: ComparedRun) -> npt.NDArray[np.i
                 links.append((first[group], row))
     if not links:
         return None
-    left, right = zip(*links, strict=True)
-    graph = coo_array((np.ones(len(links), np.int8), (left, right)), shape=(len(names), len(names)))
-    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+    return first_members([np.array(links).T], len(names))
 
 
 def _common_images(a_run: ComparedRun, b_run: ComparedRun) -> _Pair:

@@ -21,6 +21,7 @@ from pydantic import (
 
 from catdog.backbones import get_backbones
 from catdog.errors import CatdogError
+from catdog.files import parse_yaml
 
 THRESHOLD_RULES = ("f1", "youden", "precision", "recall")
 """How the threshold may be chosen on the validation split; see `calibration.choose_threshold`."""
@@ -328,13 +329,19 @@ class Params(_Block):
         return dict(flatten(self.model_dump()))
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the dotted names of a tree's values, and the values as text, as MLflow and `-S` name them."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
+    for names, value in leaves(tree):
+        yield ".".join(names), str(list(value) if isinstance(value, tuple) else value)
+
+
+def leaves(tree: Mapping[str, Any], block: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields the values of a tree, each after the names that lead to it; an empty block is a value."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, (*block, name))
         else:
-            yield f"{prefix}{key}", str(list(value) if isinstance(value, tuple) else value)
+            yield (*block, name), value
 
 
 def load_params(path: Path) -> Params:
@@ -345,16 +352,12 @@ def load_params(path: Path) -> Params:
             type or is impossible, or the backbone does not exist or cannot take the image size. The
             message names every key, its value and what is allowed.
     """
-    # ruamel reads YAML 1.2, in which the `1e-05` that DVC writes is a number; PyYAML reads it as text.
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     try:
-        tree = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise CatdogError(f"{path} does not exist; run from the repository root") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise CatdogError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise CatdogError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise CatdogError(f"{path} holds no parameters; `git checkout {path.name}` brings the defaults back")
     return validate_params(tree, source=path.name)

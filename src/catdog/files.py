@@ -114,6 +114,25 @@ def read_yaml(path: Path) -> Any:
     return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
+def parse_yaml(text: str, source: str) -> Any:
+    """Reads YAML 1.2, in which the `1e-05` that DVC writes is a number; `read_yaml`, of YAML 1.1, takes it for a text.
+
+    Args:
+        text: what to read.
+        source: what it is, for the message.
+
+    Raises:
+        CatdogError: it is no YAML.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe").load(text)
+    except YAMLError as error:
+        raise CatdogError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def read_manifest(path: Path) -> pd.DataFrame:
     """Reads the manifest that the split stage wrote; names and labels that look like numbers or "NA" stay texts."""
     import pandas as pd

@@ -102,11 +102,19 @@ def group_duplicates(sha256: Sequence[str], perceptual_hashes: Sequence[str], ma
     if max_bits >= 0:
         bits = np.frombuffer(bytes.fromhex("".join(perceptual_hashes)), np.uint8).reshape(count, HASH_BITS // 8)
         links.append(_near_links(bits, max_bits))
-    return _first_members(links, count)
+    return first_members(links, count)
 
 
-def _first_members(links: list[npt.NDArray[np.int64]], count: int) -> npt.NDArray[np.int64]:
-    """The index of the first member of each file's group, int64 [count], where links, int64 [2, n], join groups."""
+def first_members(links: Sequence[npt.NDArray[np.int64]], count: int) -> npt.NDArray[np.int64]:
+    """Returns the index of the first member of each file's group.
+
+    Args:
+        links: int64 [2, n] each, one at least: pairs of files that are in one group.
+        count: of files.
+
+    Returns:
+        int64 [count].
+    """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -148,7 +156,7 @@ def _near_links(hashes: npt.NDArray[np.uint8], max_bits: int) -> npt.NDArray[np.
                 held += links[-1].shape[1]
                 # A thousand pictures that are all near each other are half a million pairs, but one group.
                 if held > _AT_ONCE:
-                    links, held = [np.stack([np.arange(count), _first_members(links, count)])], 0
+                    links, held = [np.stack([np.arange(count), first_members(links, count)])], 0
     return np.concatenate(links, axis=1)
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from catdog import paths
-from catdog.config import load_params, validate_params
+from catdog.config import leaves, load_params, validate_params
 from catdog.errors import CatdogError
+from catdog.files import parse_yaml
 
 FOLDER = Path("recipes")
 _HYDRA_WORDS = ("null", "true", "false", "nan", "inf")
@@ -150,14 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
-    # The same reader as for params.yaml: YAML 1.2, in which 1e-05 is a number.
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        tree = YAML(typ="safe").load(text)
-    except YAMLError as error:
-        raise CatdogError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    tree = parse_yaml(text, source)
     if not isinstance(tree, dict):
         raise CatdogError(f"{source} holds no parameters; give those that differ from {paths.PARAMS}")
     return tree
@@ -172,12 +166,9 @@ def _laid_over(overlay: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str,
     return result
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _override_text(value)
+def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for names, value in leaves(tree):
+        yield ".".join(names), _override_text(value)
 
 
 def _override_text(value: object) -> str:

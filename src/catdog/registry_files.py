@@ -15,7 +15,7 @@ from typing import Any
 
 from catdog import paths
 from catdog.errors import CatdogError
-from catdog.files import read_json, written_aside
+from catdog.files import parse_yaml, read_json, written_aside
 from catdog.registry_tags import VERSION, Registry, Version, git, read_registry, try_git
 from catdog.tracking import dvc_hash, stage_hashes
 
@@ -69,13 +69,7 @@ def _artifacts(pipeline: Mapping[str, Any]) -> dict[str, str]:
 
 def read_yaml(text: str, source: str) -> dict[str, Any]:
     """Reads names and values from YAML 1.2; {} where the text holds something else, CatdogError where it is none."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        tree = YAML(typ="safe").load(text)
-    except YAMLError as error:
-        raise CatdogError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    tree = parse_yaml(text, source)
     return tree if isinstance(tree, dict) else {}
 
 

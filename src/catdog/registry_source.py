@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from catdog import paths
+from catdog.config import leaves
 from catdog.errors import CatdogError
 from catdog.registry_files import read_yaml
 from catdog.registry_tags import FIRST_VERSION, Registry, Version, git, next_version, try_git
@@ -184,7 +184,7 @@ def _merge_params(root: Path, source: Source, *, keep_text: bool) -> str:
 
     texts = [git(root, "show", f"{revision}:{paths.PARAMS}") for revision in ("HEAD", source.commit)]
     tree, theirs = (parse_yaml_for_update(text, paths.PARAMS) for text in texts)
-    here, there = dict(_leaves(tree)), dict(_leaves(theirs))
+    here, there = dict(leaves(tree)), dict(leaves(theirs))
     lock = read_yaml(try_git(root, "show", f"{source.commit}:{LOCK}"), f"{LOCK} of {source.experiment}")
     tracked = {
         tuple(name.split("."))
@@ -214,21 +214,12 @@ def _merge_params(root: Path, source: Source, *, keep_text: bool) -> str:
     return dumps_yaml(tree) if read else texts[0]
 
 
-def _leaves(tree: Mapping[str, Any], block: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The values of a tree, by the names that lead to them."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, (*block, name))
-        else:
-            yield (*block, name), value
-
-
 def _set_since(root: Path, source: Source) -> set[tuple[str, ...]]:
     """The parameters that commits since the baseline set; a promotion may take the place of another one."""
 
     def read(revision: str) -> dict[tuple[str, ...], Any]:
         name = f"{paths.PARAMS} of {revision}"
-        return dict(_leaves(read_yaml(try_git(root, "show", f"{revision}:{paths.PARAMS}"), name)))
+        return dict(leaves(read_yaml(try_git(root, "show", f"{revision}:{paths.PARAMS}"), name)))
 
     ours = ("--invert-grep", f"--grep=^{EXPERIMENT_KEY}: ")
     commits = git(root, "rev-list", *ours, f"{source.baseline}..HEAD", "--", str(paths.PARAMS)).split()
