@@ -488,6 +488,9 @@ def test_exclusions_by_content_and_by_path(tmp_path):
         (None, "cannot be read: No such file"),
         ("", "is no CSV table"),
         ("file,label\na,b\n", "neither a column path nor sha256"),
+        ("path\na.jpg,blurred\n", "more fields in its rows than names in its header, 'a.jpg' for one"),
+        ("path,reason\na.jpg,blurred, dark\nb.jpg,dark\n", "more fields in its rows than names in its header"),
+        ("path,Path\na.jpg,b.jpg\n", "two columns path, whatever their case"),
     ],
 )
 def test_exclusions_that_cannot_be_used_are_told(tmp_path, content, told):
@@ -505,6 +508,8 @@ def test_exclusions_that_cannot_be_used_are_told(tmp_path, content, told):
         ("path,split\na,train\nb,exam\n", "has the split 'exam' for 'b'"),
         ("path,split\na,train\na,val\n", "names 'a' twice"),
         ("path,split,label\na,train,x\nb,val,\n", "has no label for 'b'"),
+        ("path,split\na,train,\n", "more fields in its rows than names in its header, 'a' for one"),
+        ("path,split,Split\na,train,val\n", "two columns split, whatever their case"),
         (b"path,split\n\xff\xfe,train\n", "no CSV table in UTF-8"),
     ],
 )

@@ -250,7 +250,7 @@ def test_what_the_list_holds_already_stays(project):
     assert [path[-6:-4] for path in table["path"]] == ["", "", "11", "32"]
 
 
-@pytest.mark.parametrize("content", ["", "file,why\na,b\n", 'path,sha256\n"a,b\n', "\xff\xfe"])
+@pytest.mark.parametrize("content", ["", "file,why\na,b\n", 'path,sha256\n"a,b\n', "\xff\xfe", "path\na.jpg,mine\n"])
 def test_list_that_cannot_be_read_is_told_and_left_alone(project, content):
     (project / "bad.csv").write_bytes(content.encode("latin-1"))
     assert "exclusion list" in refused(project, exclude="bad.csv")

@@ -104,8 +104,18 @@ def _read_table(path: Path, name: str, parameter: str) -> pd.DataFrame:
         raise CatdogError(f"{parameter} = {name!r} is no CSV table in UTF-8: {' '.join(str(error).split())}") from None
     if table.empty:
         raise CatdogError(f"{parameter} = {name!r} lists nothing; fill it, or set {parameter} to ''")
+    if not isinstance(table.index, pd.RangeIndex):
+        # pandas then takes the first fields for names of the rows, and what follows for the wrong columns.
+        raise CatdogError(
+            f"{parameter} = {name!r} has more fields in its rows than names in its header, {table.index[0]!r} for one; "
+            "name each column, and put texts with a comma in quotes"
+        )
     table = table.assign(**{column: table[column].str.strip() for column in table.columns})
-    return table.rename(columns=lambda column: str(column).strip().lower())
+    table = table.rename(columns=lambda column: str(column).strip().lower())
+    if table.columns.has_duplicates:
+        twice = table.columns[table.columns.duplicated()][0]
+        raise CatdogError(f"{parameter} = {name!r} has two columns {twice}, whatever their case; keep one of them")
+    return table
 
 
 def assign_splits(

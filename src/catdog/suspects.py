@@ -249,6 +249,12 @@ def _read_exclusions(path: Path) -> pd.DataFrame:
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         reason = " ".join(str(error).split())
         raise CatdogError(f"the exclusion list {path} cannot be read ({reason}); mend it or name another") from None
+    if not isinstance(table.index, pd.RangeIndex):
+        # pandas then takes the first fields for names of the rows, which would not be written again.
+        raise CatdogError(
+            f"the exclusion list {path} has more fields in its rows than names in its header; name each column, and "
+            "put texts with a comma in quotes"
+        )
     if not {"path", "sha256"} & set(table.columns):
         raise CatdogError(f"the exclusion list {path} has neither a column path nor sha256; mend it or name another")
     for column in EXCLUSION_COLUMNS:
