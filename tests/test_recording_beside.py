@@ -8,6 +8,7 @@ import time
 import pytest
 
 from catdog.errors import CatdogError
+from catdog.parallel import process_died
 from catdog.second_process import second_process
 from catdog.tracking import stage
 from conftest import Store
@@ -69,6 +70,16 @@ def test_what_fails_here_is_marked_there(store, capsys, where):
     assert capsys.readouterr().err == "catdog embed: something is wrong\n"
     assert [run.info.status for run in store.runs()] == ["FAILED", "FAILED"]
     assert [run.data.tags.get("error") for run in store.runs()] == [None, "something is wrong"]
+
+
+def test_a_second_process_that_dies_is_told_and_marked_by_the_first(store, capsys):
+    with pytest.raises(SystemExit) as stopped, second_process() as second, stage("embed", second) as run:
+        run.note({"engine": "none"})
+        # As the system kills the largest process where memory has run out.
+        second.submit(os.kill, second.submit(os.getpid).result(), signal.SIGKILL).result()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"catdog embed: {process_died(2)}\n"
+    assert [run.info.status for run in store.runs()] == ["FAILED", "FAILED"]
 
 
 @pytest.mark.parametrize("wanted", [signal.SIGTERM, signal.SIGINT])

@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -40,6 +41,7 @@ from catdog import paths
 from catdog.config import Params, load_params
 from catdog.errors import CatdogError
 from catdog.files import DISK_IS_FULL, read_json, read_yaml, told_to_users, write_json
+from catdog.parallel import process_died
 from catdog.signals import Ending, ended_by
 from catdog.startup import quick_imports
 
@@ -251,8 +253,8 @@ def stage(
     own in this one, and so is what the stage records. The run is open when the body begins all the same.
 
     A CatdogError ends the process with its sentence on standard error and exit code 2, and a full disk, a file that
-    this user may not use or a tracking store that cannot be used likewise; all mark the run FAILED, as every other
-    exception does. SIGTERM and Ctrl-C mark it KILLED.
+    this user may not use, a second process that died or a tracking store that cannot be used likewise; all mark the run
+    FAILED, as every other exception does. SIGTERM and Ctrl-C mark it KILLED.
 
     Args:
         name: of the stage.
@@ -280,6 +282,8 @@ def stage(
     except CatdogError as error:
         # A mistake in params.yaml is what to mend first, even where the store cannot be used either.
         _stop(name, str(mistake or error))
+    except BrokenProcessPool:
+        _stop(name, str(process_died(2)))
     except OSError as error:
         sentence = told_to_users(error)
         if sentence is None:
@@ -360,6 +364,13 @@ def _stage_run(
         status = "FINISHED"
     except SystemExit:
         status = "KILLED"
+        raise
+    except BrokenProcessPool:
+        cause = str(process_died(2))
+        # Nobody is left there to mark the run.
+        run._under_way.clear()
+        with contextlib.suppress(Exception):
+            run.client, run.second = connect(root), None
         raise
     except BaseException as error:
         cause = str(error)
