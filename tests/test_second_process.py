@@ -67,6 +67,19 @@ def test_it_does_not_outlive_a_first_one_that_is_killed(tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_the_first_ones_from_the_beginning(signum, capfd):
+    """Also before the first line of Python, which an interrupt would end with a traceback."""
+    with second_process() as second:
+        answer = second.submit(max, 3, 4)
+        (number,) = second._processes
+        os.kill(number, signum)
+        assert answer.result() == 4
+        assert second.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result() == set()
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_the_first_ones(signum):
     with second_process() as second:
         number = second.submit(os.getpid).result()

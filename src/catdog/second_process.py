@@ -10,8 +10,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing.connection import Connection
+from typing import Any
+
+_LEFT_TO_THE_FIRST = (signal.SIGINT, signal.SIGTERM)
 
 
 def second_process() -> contextlib.AbstractContextManager[Executor]:
@@ -56,6 +59,14 @@ class FreshProcesses(ProcessPoolExecutor):
         there, self._here = context.Pipe(duplex=False)
         super().__init__(count, context, initializer=_live_and_die_with_the_first, initargs=(there,))
 
+    def submit(self, *call: Any, **arguments: Any) -> Future[Any]:
+        """As the base class; a process that starts for it is deaf to interrupts from its first moment on."""
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_FIRST)  # a new process inherits it
+        try:
+            return super().submit(*call, **arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
     def kill(self) -> None:
         """Ends all processes, whatever they are at."""
         self._here.close()
@@ -64,8 +75,9 @@ class FreshProcesses(ProcessPoolExecutor):
 def _live_and_die_with_the_first(first: Connection) -> None:
     atexit.register(gc.freeze)  # nothing is left to collect in a process that ends; the first one waits for that end
     # Ctrl-C reaches both, and what ends a group of processes does; the first one tells, and ends this one.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _LEFT_TO_THE_FIRST:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_THE_FIRST)
 
     def watch() -> None:
         first.poll(None)
