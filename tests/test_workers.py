@@ -292,6 +292,13 @@ def test_first_worker_says_where_it_cannot_listen():
             meet(Job(address, 2, 0), FACTS, seconds=1)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_host_that_nobody_knows_is_told(number):
+    with pytest.raises(CatdogError, match=r"at first\.invalid:4000 ") as caught:
+        meet(Job("first.invalid:4000", 2, number), FACTS, seconds=0.1)
+    assert "Unknown error" not in str(caught.value)
+
+
 def environment(**values):
     return {f"KERAS_DISTRIBUTION_{name}": value for name, value in values.items()}
 

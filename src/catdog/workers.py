@@ -303,8 +303,11 @@ def _report_to_first(job: Job, facts: Mapping[str, str], until: float, seconds: 
 
 
 def _cause(error: Exception) -> str:
-    number = error.errno if isinstance(error, OSError) else None
-    return os.strerror(number) if number else str(error)
+    number = getattr(error, "errno", None) or 0
+    if number > 0:
+        return os.strerror(number)
+    # That of a host which nobody knows is negative, and no number of the system's.
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _read_line(connection: socket.socket, until: float) -> Any:
