@@ -150,6 +150,7 @@ def test_file_relative_to_root_and_absolute(tmp_path):
     [
         ("missing.weights.h5", None, "there is no weights file"),
         ("folder", "folder", "there is no weights file"),
+        (f"{'x' * 300}.h5", None, "cannot be read: File name too long"),
         ("image-net", None, '"imagenet", "random" or the path'),
         ("notes.txt", b"hello", r"must end in \.weights\.h5 or \.h5"),
         ("text.weights.h5", b"hello", "is not an HDF5 file"),
@@ -180,6 +181,13 @@ def test_weights_of_another_network_are_refused(name):
     with pytest.raises(CatdogError, match=f"does not hold weights for '{name}'") as caught:
         load(built(name), BACKBONES[name], weights)
     assert caught.value.__cause__ is not None
+
+
+def test_weights_file_of_another_structure_is_refused(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["layer_names"] = 3  # Keras raises TypeError
+    with pytest.raises(CatdogError, match="does not hold weights for 'vgg16'"):
+        load(built("vgg16"), VGG16, "a.h5", root=tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".weights.h5", ".h5"])

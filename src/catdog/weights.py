@@ -216,7 +216,11 @@ def _shipped_file(backbone: Backbone, pretrained_dir: Path) -> Path | None:
 def _user_file(weights: str, root: Path) -> Path:
     """Return the path of the user's weights file; raise CatdogError if it cannot be one."""
     path = users_path("weights", weights, root)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:  # a name that is too long, or a folder that this user may not look into
+        raise CatdogError(f"weights file '{path}' cannot be read: {error.strerror}") from None
+    if not found:
         raise CatdogError(f'there is no weights file \'{path}\': weights is "imagenet", "random" or the path of a file')
     if path.suffix not in _SUFFIXES:
         raise CatdogError(f"weights file '{path}' must end in .weights.h5 or .h5: Keras reads no other kind")
@@ -245,7 +249,7 @@ def _load_file(model: keras.Model, backbone: Backbone, path: Path) -> None:
             # Keras only warns when the file lacks some layers, which then stay random.
             warnings.filterwarnings("error", message="Skipping nested container")
             model.load_weights(path)
-    except (OSError, ValueError, KeyError, UserWarning) as error:  # what Keras and h5py raise for unfit files
+    except (OSError, ValueError, KeyError, TypeError, UserWarning) as error:  # of Keras and h5py, for unfit files
         raise CatdogError(
             f"'{path}' does not hold weights for '{backbone.name}': it is damaged or was saved from another network"
         ) from error
