@@ -242,6 +242,12 @@ def test_without_a_store_there_is_nothing_to_repair(root):
 # The tracking store
 
 
+def test_a_variable_that_holds_no_address_is_a_problem_of_the_store(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://[host")
+    level, text = only(check_store(root))
+    assert (level, text.partition(",")[0]) == ("problem", "MLFLOW_TRACKING_URI is no address")
+
+
 def test_a_store_is_checked(root, used):
     assert only(check_store(root)) == ("ok", "no tracking store yet; the first run makes mlflow.db")
     assert not (root / "mlflow.db").exists()

@@ -457,6 +457,21 @@ def test_a_database_is_where_sqlalchemy_decodes_it(monkeypatch, uri, path, used)
         assert make_url(used).database == path
 
 
+@pytest.mark.parametrize(
+    "uri", ["http://[bad", "http://localhost:abc", "http://me:se/cret@host", "postgresql://me:se/cret@host:5432/db"]
+)
+def test_what_is_no_address_is_told_without_its_password(monkeypatch, tmp_path, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(tracking.StoreError, match="MLFLOW_TRACKING_URI is no address") as caught:
+        tracking.connect(tmp_path)
+    assert "cret" not in str(caught.value)
+
+
+def test_databricks_needs_no_port(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks://scope:prefix")
+    assert tracking.store_uri(Path("/")) == "databricks://scope:prefix"
+
+
 CONNECT = """
 import sys, time
 from pathlib import Path

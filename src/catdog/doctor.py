@@ -389,7 +389,10 @@ def check_remote(root: Path) -> list[Finding]:
 
 def check_store(root: Path) -> list[Finding]:
     """Does the tracking store open, in the form that this MLflow reads?"""
-    uri = tracking.store_uri(root)
+    try:
+        uri = tracking.store_uri(root)
+    except tracking.StoreError as error:
+        return [Finding("problem", str(error))]
     if uri.startswith(("http://", "https://")):
         import requests
 

@@ -467,12 +467,30 @@ def store_uri(root: Path) -> str:
 
     A relative path of a database starts at `root`, as in the copies of the repository in which DVC works for
     `dvc exp run --temp` and the queue, and which it deletes.
+
+    Raises:
+        StoreError: the variable holds what is no address.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         return database_uri(root / "mlflow.db")
+    if not _is_address(uri):
+        # Without the address or the cause: both may show a password.
+        raise StoreError(
+            "MLFLOW_TRACKING_URI is no address, its host or port cannot be read; mend it, and write signs as / and @ "
+            "in a password as %2F and %40"
+        )
     path = database_path(uri)
     return uri if path is None or path.is_absolute() else database_uri(root / path) + _query(uri)
+
+
+def _is_address(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        # Those of Databricks hold something else where others have a port.
+        return parts.scheme.partition("+")[0] not in ("http", "https", *_DATABASE_PORTS) or parts.port != 0
+    except ValueError:
+        return False
 
 
 def database_uri(path: Path) -> str:
