@@ -1,15 +1,18 @@
 """Which test pictures the galleries show, and which tables and pictures an evaluation has."""
 
+import weakref
+
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+from catdog import evaluation_pictures
 from catdog.corruptions import CORRUPTIONS
 from catdog.evaluation import LabelledPredictions
-from catdog.evaluation_pictures import choose_galleries, collect_galleries, draw_gallery, draw_tables
+from catdog.evaluation_pictures import Gallery, choose_galleries, collect_galleries, draw_gallery, draw_tables
 from catdog.evaluation_tables import evaluation_tables, robustness_table
-from catdog.images import encode_jpeg
+from catdog.images import decode, encode_jpeg
 from catdog.model import ModelInfo
 
 SIZE = 32
@@ -82,6 +85,22 @@ def test_without_mistakes_the_gallery_says_so_and_nothing_is_explained(tmp_path)
     mistakes, *_ = collect_galleries(right, choose_galleries(right, 3), files.__getitem__, INFO, explain)
     draw_gallery(mistakes, tmp_path)
     assert (tmp_path / "mistakes.png").stat().st_size > 1000
+
+
+def test_large_pictures_are_not_in_memory_at_once(tmp_path, monkeypatch):
+    decoded, most = [], 0
+
+    def decode_and_count(data):
+        nonlocal most
+        decoded.append(weakref.ref(picture := decode(data)))
+        most = max(most, sum(one() is not None for one in decoded))
+        return picture
+
+    monkeypatch.setattr(evaluation_pictures, "decode", decode_and_count)
+    files = [encode_jpeg(picture, 95) for picture in flat_pictures(6).values()]
+    draw_gallery(Gallery("best", "The best", files, ["one"] * 6, None), tmp_path)
+    assert len(decoded) == 6
+    assert most <= 3  # loops and zip let go of one when they have the next
 
 
 def manifest_of(paths):

@@ -147,7 +147,7 @@ def collect_galleries(
 
 def draw_gallery(gallery: Gallery, folder: Path) -> dict[str, Path]:
     """Draws a gallery as `<name>.png`, and returns the file by name."""
-    pictures = [decode(one) if isinstance(one, bytes) else one for one in gallery.pictures]
+    pictures = (decode(one) if isinstance(one, bytes) else one for one in gallery.pictures)
     path = folder / f"{gallery.name}.png"
     plots.plot_gallery(pictures, gallery.captions, path, title=gallery.title, overlays=gallery.overlays)
     return {gallery.name: path}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -470,7 +470,7 @@ def plot_corruptions(corruptions: pd.DataFrame, path: Path) -> None:
 
 
 def plot_gallery(
-    pictures: Sequence[Pixels],
+    pictures: Iterable[Pixels],
     captions: Sequence[str],
     path: Path,
     *,
@@ -483,7 +483,8 @@ def plot_gallery(
     One canvas instead of one pair of axes a picture: hundreds of pictures take a second, not a minute.
 
     Args:
-        pictures: uint8 [height, width, 3] of any size; shown whole.
+        pictures: uint8 [height, width, 3] of any size; shown whole. Taken one by one, so that large ones need not be
+            in memory at once.
         captions: one each, of one or more lines; long lines are broken.
         path: of the PNG.
         title: above all.
@@ -497,14 +498,14 @@ def plot_gallery(
 
     gap, between, edge, line_height, letter_width = 14, 2, 10, 14, 7  # pixels
     beside = [] if overlays is None else [overlays]
-    shown = list(zip(pictures, *beside, strict=True))
+    count = len(captions)
     parts = 1 + len(beside)
-    affordable = int(math.sqrt(_GALLERY_BYTES / _BYTES_PER_PIXEL / max(1, parts * len(shown))))
+    affordable = int(math.sqrt(_GALLERY_BYTES / _BYTES_PER_PIXEL / max(1, parts * count)))
     side = min(side, max(_SMALLEST_SIDE, affordable))
     cell = max(_SMALLEST_CELL, parts * side + (parts - 1) * between)
-    columns = max(1, min(len(shown), (_GALLERY_WIDTH - 2 * edge + gap) // (cell + gap)))
+    columns = max(1, min(count, (_GALLERY_WIDTH - 2 * edge + gap) // (cell + gap)))
     wrapped = [_wrap(caption, cell // letter_width) for caption in captions]
-    rows = [range(first, min(first + columns, len(shown))) for first in range(0, len(shown), columns)]
+    rows = [range(first, min(first + columns, count)) for first in range(0, count, columns)]
     heights = [side + gap + line_height * max(wrapped[at].count("\n") + 1 for at in row) for row in rows]
     width = max(560, columns * (cell + gap) - gap + 2 * edge)
     head = 20 + 20 * math.ceil(len(title) * 10.5 / (width - 40))
@@ -523,7 +524,7 @@ def plot_gallery(
         canvas.draw()
     # The pictures are put into the drawn pixels themselves: Matplotlib would resample them, and take seconds.
     pixels = np.array(canvas.buffer_rgba())[..., :3]
-    for (left, top), cell_pictures in zip(places, shown, strict=True):
+    for (left, top), cell_pictures in zip(places, zip(pictures, *beside, strict=True), strict=True):
         for part, picture in enumerate(cell_pictures):
             fitted = fit_picture(picture, side)
             y = top + (side - fitted.shape[0]) // 2

@@ -85,7 +85,7 @@ def run_audit(
     certain = suspects[suspects["probability_of_suggested"] >= minimum]
     columns = ["path", "label", "suggested", "probability_of_label", "probability_of_suggested", "split"]
     plot_gallery(
-        [decode(data) for data in pictures],
+        map(decode, pictures),
         [
             f"{rank}. {row.label} → {row.suggested}\n{row.probability_of_suggested:.3f}, {row.split}"
             for rank, row in enumerate(shown.itertuples(), start=1)
