@@ -5,12 +5,14 @@ import io
 import zipfile
 from itertools import pairwise
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
 
 from catdog.augment import build_augmentation
-from catdog.config import AugmentParams
+from catdog.config import AugmentParams, load_params, validate_params
+from catdog.embedding import EmbedTask, open_embedder
 from catdog.features import FeatureSet, embed_copy, embed_shard, open_features, reporting
 from catdog.records import (
     ImageRow,
@@ -21,6 +23,7 @@ from catdog.records import (
     write_index,
     write_shard,
 )
+from conftest import REPOSITORY
 
 BRIGHTNESS = AugmentParams(flip="none", rotation=0, zoom=0, translation=0, contrast=0, saturation=0, brightness=0.05)
 
@@ -129,6 +132,29 @@ def test_embedding_uses_the_batch_size(embedded):
     folder, counts = embedded
     values = open_features(folder / "features", "train").take(np.arange(counts[0]))
     assert values[:, 1].tolist() == [3, 3, 3, 1][: counts[0]]
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_openvino_makes_the_same_features_whatever_the_precision(embedded, tmp_path, precision):
+    """It computes in float32; of a network in 16 bits it gave other numbers, or none."""
+    (shard, *_), made, facts = shard_paths(embedded[0], "train"), [], []
+    defaults = load_params(REPOSITORY / "params.yaml").model_dump()
+    changes = {"backbone": "mobilenetv3large", "weights": "random"}
+    changes |= {"embed": defaults["embed"] | {"engine": "openvino"}}
+    try:
+        for asked in ("float32", precision):
+            params = validate_params(defaults | changes | {"runtime": {"precision": asked}})
+            folder = tmp_path / asked
+            folder.mkdir()
+            embed = open_embedder(params, size=32, pretrained=tmp_path, root=tmp_path, folder=folder)
+            facts.append(embed(EmbedTask(shard)).network.facts["precision"])
+            made.append(np.load(folder / f"{shard.stem}.features.npy"))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert facts == ["float32", "float32"]
+    assert made[1].dtype == np.float32
+    assert np.array_equal(*made)
+    assert made[0].any()
 
 
 def test_features_stay_on_disk_until_taken(embedded):

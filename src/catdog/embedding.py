@@ -21,7 +21,7 @@ from catdog.errors import CatdogError
 from catdog.features import embed_copy, embed_shard, reporting
 from catdog.inference import choose_engine, compile_forward
 from catdog.model import build_extractor
-from catdog.runtime import device_facts, distribution, prepare_keras
+from catdog.runtime import device_facts, distribution, full_precision, prepare_keras
 from catdog.weights import joined_sha256, load_all
 
 
@@ -83,12 +83,14 @@ def open_embedder(
     settings, xla = params.embed, params.runtime.xla
     engine = choose_engine(settings.engine)
     backbones = get_backbones(params.backbone)
-    with distribution():
+    # OpenVINO computes in float32 whatever the policy: of bfloat16 it reads the outputs as float16, or nothing at all.
+    with full_precision() if engine == "openvino" else contextlib.nullcontext(), distribution():
         # First of all that draws random numbers, as in train: so `weights: random` is the same network in both.
         networks = [build_backbone(backbone, size) for backbone in backbones]
         weights = load_all(networks, backbones, params.weights, pretrained_dir=pretrained, root=root)
         extractor = build_extractor(networks, backbones, size, settings.pooling)
         forward = compile_forward(extractor, engine, batch_size=settings.batch_size, xla=xla)
+        facts = device_facts(xla)
     if report is not None:
         forward = reporting(forward, report)
     network = Network(
@@ -96,7 +98,7 @@ def open_embedder(
         joined_sha256(weights),
         extractor.count_params(),
         engine,
-        device_facts(xla),
+        facts,
     )
     augmentation = build_augmentation(params.augment, size, params.seed)
     # Two shards at a time are for OpenVINO: a GPU has no use for it, and layers that vary pictures keep their seeds in
