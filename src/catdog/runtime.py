@@ -174,17 +174,19 @@ def jit_compile(xla: Xla, *, trains: bool = False) -> bool:
 
     Args:
         xla: always and never are taken as they are. auto means: with JAX always, since without it JAX runs operation
-            by operation; with TensorFlow on a GPU, but for training; else never. On a CPU XLA takes 15 times as long
-            for convolutions.
+            by operation; with TensorFlow on a GPU; else never. On a CPU XLA takes 15 times as long for convolutions.
         trains: whether gradients are computed. TensorFlow's are deterministic here, and then XLA refuses some of
-            them on a GPU, that of max pooling for one. Keras itself decides likewise (`model_supports_jit`).
+            them on a GPU, that of max pooling for one. Keras itself then trains without (`model_supports_jit`),
+            whatever it is told: so with TensorFlow this is False, also for always.
     """
     import keras
 
+    backend = keras.backend.backend()
+    if trains and backend == "tensorflow":
+        return False
     if xla != "auto":
         return xla == "always"
-    backend = keras.backend.backend()
-    return backend == "jax" or (backend == "tensorflow" and has_gpu() and not trains)
+    return backend == "jax" or (backend == "tensorflow" and has_gpu())
 
 
 @contextlib.contextmanager
