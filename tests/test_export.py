@@ -130,6 +130,16 @@ def test_export_computes_what_the_model_computes_and_says_how_to_use_it(subject,
     assert f"float32 [batch, {len(subject.info.class_names)}]" in description["output"]
 
 
+@pytest.mark.parametrize(("format_", "precision"), [kind for kind in KINDS if kind[1] == "int8"])
+def test_int8_of_a_model_that_pools_the_maximum(tmp_path, format_, precision):
+    """ONNX Runtime's inference of shapes by symbols stumbles over it."""
+    save_model(*small_model("vgg16", "max", scale=0.05), tmp_path / "model.keras")
+    export(tmp_path / "model.keras", tmp_path / "export", format_, precision)
+    model, _ = load_model(tmp_path / "model.keras")
+    expected = class_probabilities(compile_forward(model, "keras")([some_pixels()]))
+    assert open_export(tmp_path / "export", format_)([some_pixels()]) == pytest.approx(expected, abs=0.1)
+
+
 @pytest.mark.parametrize("format_", ["tflite", "onnx"])
 def test_pixels_that_are_not_bytes_are_refused(tmp_path, format_):
     save_model(*sigmoid_model(), tmp_path / "model.keras")

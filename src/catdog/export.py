@@ -305,7 +305,8 @@ def _quantize_onnx(network: Any, target: Path, calibration: Pixels) -> Any:
     prepared = target.with_name(target.name + ".prepared")
     try:
         onnx.save(network, whole)
-        quant_pre_process(whole, prepared)
+        # ONNX itself infers every shape here; the inference by symbols does not know the operation of pooling "max".
+        quant_pre_process(whole, prepared, skip_symbolic_shape=True)
         # A range for each channel of a kernel: with one for all, MobileNetV2 gave 3 of 10 photographs another label.
         quantize_static(
             prepared,
