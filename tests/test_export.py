@@ -140,6 +140,17 @@ def test_int8_of_a_model_that_pools_the_maximum(tmp_path, format_, precision):
     assert open_export(tmp_path / "export", format_)([some_pixels()]) == pytest.approx(expected, abs=0.1)
 
 
+def test_what_onnx_cannot_express_is_refused_not_written(tmp_path):
+    """Such is ConvNeXt; unseen, as with --no-check, the file would be there and no runtime could load it."""
+    pixels = keras.Input((SIZE, SIZE, 3))
+    x = keras.layers.Conv2D(6, 3, groups=3)(pixels)
+    x = keras.layers.Activation(lambda x: keras.ops.gelu(x, approximate=False))(x)
+    model = keras.Model(pixels, keras.layers.Dense(2, "softmax")(keras.layers.GlobalAveragePooling2D()(x)))
+    with pytest.raises(CatdogError, match=r"tf2onnx has nothing for .*Erfc.* choose another format"):
+        write_export(model, {}, tmp_path / "export", "onnx", "float32")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("format_", ["tflite", "onnx"])
 def test_pixels_that_are_not_bytes_are_refused(tmp_path, format_):
     save_model(*sigmoid_model(), tmp_path / "model.keras")

@@ -121,6 +121,9 @@ def write_export(
         format_: one of FORMATS.
         precision: one that the format has.
         calibration: for int8, pictures as the model sees them, uint8 [images, size, size, 3].
+
+    Raises:
+        CatdogError: the format cannot express the network.
     """
     text = json.dumps(description, indent=2)
     with _quiet():
@@ -241,6 +244,13 @@ def _write_onnx(
         output_names=[function.outputs[0].name],
         opset=_OPSET,
     )
+    # tf2onnx only logs what it cannot convert, and leaves TensorFlow's operation in its place.
+    known = {schema.name for schema in onnx.defs.get_all_schemas()}
+    if strange := sorted({node.op_type for node in network.graph.node} - known):
+        raise CatdogError(
+            f"tf2onnx has nothing for {' and '.join(strange)} in this network, as for the grouped convolutions and the "
+            "GELU of convnexttiny; choose another format"
+        )
     _rename(network)
     if precision == "float16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
