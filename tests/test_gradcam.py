@@ -16,6 +16,7 @@ from catdog.model import ModelInfo, assemble, build_head, load_model, save_model
 from test_jax_backend import pytestmark as needs_jax
 
 SIZE = 16
+ENGINES = pytest.mark.parametrize("engine", ["openvino", "keras"])
 
 
 def small_network(name, channels=6):
@@ -92,7 +93,7 @@ def expected(model, name, pooling, pixels, classes):
     return np.array(heats)
 
 
-@pytest.mark.parametrize("engine", ["keras", "openvino"])
+@ENGINES
 @pytest.mark.parametrize(
     ("name", "pooling", "classes", "hidden"),
     [
@@ -117,7 +118,7 @@ def test_maps_are_the_papers(name, pooling, classes, hidden, engine):
 FAMILIES = ["convnexttiny", "efficientnetb0", "mobilenetv2", "resnet50", "vgg16"]
 
 
-@pytest.mark.parametrize("engine", ["keras", "openvino"])
+@ENGINES
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_kind_of_backbone_can_be_explained(name, engine):
     """With average pooling and a linear head, Grad-CAM is the maps times the head's kernel (section 3.1)."""
@@ -165,7 +166,7 @@ def test_each_class_of_a_sigmoid_is_found_on_its_side():
     assert blue == pytest.approx(red[:, ::-1], abs=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["keras", "openvino"])
+@ENGINES
 def test_nothing_that_speaks_for_a_class_gives_no_heat(engine):
     model, info, pixels = red_against_blue()
     only_red = np.where(np.arange(3) == 0, pixels.max(), 0).astype(np.uint8) * np.ones_like(pixels)
@@ -174,7 +175,7 @@ def test_nothing_that_speaks_for_a_class_gives_no_heat(engine):
     assert (red == 1).all()
 
 
-@pytest.mark.parametrize("engine", ["keras", "openvino"])
+@ENGINES
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 def test_joined_networks_give_the_mean_of_their_maps(pooling, engine):
     names = ("vgg16", "mobilenetv2")
@@ -215,7 +216,7 @@ def test_saved_model_and_its_temperature_and_a_model_without_one(tmp_path, names
         assert (build_gradcam(*load_model(tmp_path / f"{name}.keras"))(pixels, classes) == heat).all()
 
 
-@pytest.mark.parametrize("engine", ["keras", "openvino"])
+@ENGINES
 def test_model_stays_as_it_is(tmp_path, engine):
     model, info = small_model("vgg16+mobilenetv2", "max", hidden=(5,))
     save_model(model, info, tmp_path / "before.keras")
@@ -234,7 +235,7 @@ def test_frozen_and_trainable_layers_are_explained_alike():
     assert (build_gradcam(model, info)(pixels, classes) == frozen).all()
 
 
-@pytest.mark.parametrize("engine", ["keras", "openvino"])
+@ENGINES
 def test_pictures_do_not_depend_on_their_batch(engine):
     model, info = small_model(hidden=(5,), pooling="max")
     pixels, classes = some_pixels(11), np.arange(11) % 2

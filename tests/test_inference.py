@@ -13,9 +13,7 @@ from catdog.errors import CatdogError
 from catdog.inference import choose_engine, compile_forward
 from catdog.model import assemble, build_head
 from conftest import MODULES, Project
-from test_gradcam import small_model
-
-ENGINES = pytest.mark.parametrize("engine", ["openvino", "keras"])
+from test_gradcam import ENGINES, small_model
 
 
 @pytest.fixture(scope="module")
