@@ -211,6 +211,12 @@ def test_wrong_recipe_is_told(root, text, message):
         get_recipe(root, "mine")
 
 
+def test_an_empty_block_of_a_recipe_sets_nothing(root):
+    """As in params.yaml, where it stands for the defaults; `-S train={}` would take the block's values away."""
+    write_recipe(root, "seed: 4\ntrain: {}\n")
+    assert get_recipe(root, "mine").overrides == {"seed": "4"}
+
+
 def test_recipe_without_a_head_describes_nothing(root, capsys):
     write_recipe(root, "seed: 5\n# Published: too late\n")
     recipe = get_recipe(root, "mine")

@@ -332,7 +332,8 @@ class Params(_Block):
 def flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the dotted names of a tree's values, and the values as text, as MLflow and `-S` name them."""
     for names, value in leaves(tree):
-        yield ".".join(names), str(list(value) if isinstance(value, tuple) else value)
+        if not isinstance(value, Mapping):  # an empty block sets nothing
+            yield ".".join(names), str(list(value) if isinstance(value, tuple) else value)
 
 
 def leaves(tree: Mapping[str, Any], block: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -168,7 +168,8 @@ def _laid_over(overlay: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str,
 
 def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for names, value in leaves(tree):
-        yield ".".join(names), _override_text(value)
+        if not isinstance(value, Mapping):  # an empty block sets nothing
+            yield ".".join(names), _override_text(value)
 
 
 def _override_text(value: object) -> str:
