@@ -255,16 +255,19 @@ def import_openvino() -> Any:
 
 
 def openvino_network(model: keras.Model, function: Callable[[Any], Any]) -> Any:
-    """Returns an `openvino.Model`: uint8 pixels [batch, size, size, 3] to what a function makes of them.
+    """Returns an `openvino.Model`: uint8 pixels [batch, size, size, 3] to what a function makes of them, as float32.
 
     Args:
         model: whose weights become constants.
         function: from float32 pixels [batch, size, size, 3] to what the model makes of them, as for `frozen`.
     """
+    import keras
+
     openvino = import_openvino()
     from openvino.preprocess import PrePostProcessor
 
-    constant = frozen(model, function, dtype="float32")
+    # float32 whatever the policy: NumPy knows no bfloat16.
+    constant = frozen(model, lambda pixels: keras.ops.cast(function(pixels), "float32"), dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.pb")
         path.write_bytes(constant.graph.as_graph_def().SerializeToString())
